@@ -1,13 +1,13 @@
 """Drop-in losses: functions first, each with an nn.Module twin of the same options."""
 
 from kdfast.losses.divergence import (
+    DistillationLoss,
     DivergenceLoss,
     DKDLoss,
-    DistillationLoss,
     KDLoss,
-    dkd_loss,
     distillation_loss,
     divergence_loss,
+    dkd_loss,
     kd_loss,
 )
 from kdfast.losses.module import LossModule, LossOutput
