@@ -1,0 +1,86 @@
+"""How a method plugs into `kdfast.train.Distiller`: it is called with a Context and returns a LossOutput.
+
+Any callable will do. An nn.Module is trained along (its parameters join the optimizer, its state the checkpoint). These
+attributes are optional, and the base class `Method` holds their defaults; a plain function has none of them:
+
+    captures        names of the intermediate features the method reads, e.g. ("low", "high")
+    trains_teacher  True: the second network learns too (two students that teach each other)
+    prepare         batch -> batch, before either model sees it (mixing, views, noise and time step, label codes)
+    after_step      called after each optimizer step (weight averaging, queues)
+
+A file `kdfast/methods/<slug>.py` that defines a class `Method` runs by name: `Distiller(student, teacher, "<slug>")`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from kdfast.losses.module import LossModule, LossOutput
+
+
+@dataclass
+class Context:
+    """What a method sees of one batch.
+
+    student: output of the student (whatever its forward returns), with gradient.
+    teacher: output of the teacher, without gradient; with gradient when it is trained along; None without a teacher.
+    labels: the batch's labels, or None. batch: the whole batch, on the device, after `prepare`.
+    student_features, teacher_features: captured outputs of submodules, by the names in `capture`.
+    step: optimizer steps done so far. total_steps: of the whole run, 0 when not known (your own loop).
+    """
+
+    student: Any
+    teacher: Any = None
+    labels: Tensor | None = None
+    batch: Any = None
+    student_features: dict[str, Any] = field(default_factory=dict)
+    teacher_features: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    total_steps: int = 0
+
+
+class Method(nn.Module):
+    """Base of methods that own parameters, read features, change the batch, or train both networks.
+
+    A method with `captures` takes `widths` first: channels of each captured feature, {name: (student, teacher)}.
+
+    >>> class Method(kdfast.methods.Method):
+    ...     captures = ("feat",)
+    ...     def __init__(self, widths, *, weight=1.0):
+    ...         super().__init__()
+    ...         self.weight, self.project = weight, nn.Conv2d(*widths["feat"], 1)
+    ...     def forward(self, context):
+    ...         s, t = context.student_features["feat"], context.teacher_features["feat"]
+    ...         ce, feat = F.cross_entropy(context.student, context.labels), F.mse_loss(self.project(s), t)
+    ...         return LossOutput(ce + self.weight * feat, {"ce": ce.detach(), "feat": feat.detach()})
+    """
+
+    captures: ClassVar[tuple[str, ...]] = ()
+    trains_teacher: ClassVar[bool] = False
+
+    def forward(self, context: Context) -> LossOutput:
+        raise NotImplementedError(f"{type(self).__module__}.Method must define forward(context) -> LossOutput")
+
+    def prepare(self, batch: Any) -> Any:
+        return batch
+
+    def after_step(self, student: nn.Module, teacher: nn.Module | None, step: int) -> None:
+        """After optimizer step number `step` (the first is 1)."""
+
+
+class LogitMethod(LossModule):
+    """A method that needs logits and labels only: `class Method(LogitMethod, function=sinkd_loss): ...`.
+
+    Calls function(student, teacher, labels, **options) with the options bound at construction; a function with a keyword
+    `step` or `total_steps` (a schedule) gets it from the context.
+    """
+
+    def forward(self, context: Context) -> LossOutput:
+        signature: Mapping[str, Any] = inspect.signature(type(self)).parameters
+        clock = {name: getattr(context, name) for name in ("step", "total_steps") if name in signature}
+        return super().forward(context.student, context.teacher, context.labels, **clock)
