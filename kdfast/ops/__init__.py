@@ -2,5 +2,16 @@
 
 from kdfast.ops.divergence import divergence, divergence_reference
 from kdfast.ops.pairwise import pairwise_cost, pairwise_cost_reference
+from kdfast.ops.sinkhorn import SinkhornOutput, sinkhorn, sinkhorn_cost, sinkhorn_cost_reference, sinkhorn_reference
 
-__all__ = ["divergence", "divergence_reference", "pairwise_cost", "pairwise_cost_reference"]
+__all__ = [
+    "SinkhornOutput",
+    "divergence",
+    "divergence_reference",
+    "pairwise_cost",
+    "pairwise_cost_reference",
+    "sinkhorn",
+    "sinkhorn_cost",
+    "sinkhorn_cost_reference",
+    "sinkhorn_reference",
+]

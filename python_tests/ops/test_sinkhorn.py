@@ -1,0 +1,318 @@
+"""sinkhorn and sinkhorn_cost: closed forms, marginals, symmetries, other packages' answers, gradients, masks, bad input."""
+
+import math
+
+import pytest
+import torch
+
+from kdfast.ops import sinkhorn, sinkhorn_cost
+
+OPTIONS = [
+    {},
+    {"order": "columns_first"},
+    {"update": "average"},
+    {"rho": 0.5},
+    {"rho": (None, 0.3)},
+    {"rho": (0.7, 0.2), "order": "columns_first"},
+    {"rho": 0.5, "update": "average"},
+    {"reg_type": "kl", "rho": 0.5},
+    {"reg_type": "kl", "rho": (0.4, None), "order": "columns_first"},
+    {"reg_type": "kl", "update": "average"},
+    {"epsilon": [0.8, 0.4, 0.3, 0.2]},
+    {"epsilon": [0.8, 0.4, 0.2], "update": "average", "rho": 1.0, "reg_type": "kl"},
+    {"tol": 1e-2, "epsilon": 0.5},
+]
+
+
+def problem(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    *batch, n, m = shape
+    cost = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    a = torch.rand(*batch, n, generator=generator, dtype=torch.float64) + 0.1
+    b = torch.rand(*batch, m, generator=generator, dtype=torch.float64) + 0.1
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    return cost.to(dtype), a.to(dtype), b.to(dtype)
+
+
+# ---------------------------------------------------------------- closed forms and invariants
+def test_one_by_one_is_the_weight():
+    """Balanced 1 x 1: the plan is b whatever the cost. The value is b C and its derivative in C is b."""
+    cost = torch.tensor([[0.7]], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([0.4], dtype=torch.float64)
+    value = sinkhorn_cost(cost, b, b, epsilon=0.1)
+    value.backward()
+    assert value.item() == pytest.approx(0.28, rel=1e-12)
+    assert cost.grad.item() == pytest.approx(0.4, rel=1e-12)
+
+
+def test_two_by_two_closed_form():
+    """Doubly stochastic 2 x 2 with cost c off the diagonal: P = [[1, e], [e, 1]] / (1 + e), e = exp(-c / epsilon)."""
+    c = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    cost = c * torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    e = torch.exp(-c / 0.2)
+    value = sinkhorn_cost(cost, epsilon=0.2, n_iters=3)
+    want = 2 * c * e / (1 + e)
+    torch.testing.assert_close(value, want, rtol=1e-12, atol=0)
+    got, expected = torch.autograd.grad(value, c, retain_graph=True), torch.autograd.grad(want, c)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_unbalanced_one_by_one_fixed_point():
+    """KL-relaxed 1 x 1: the optimum of C p + eps p (log p - 1) + 2 rho KL(p | 1) is p = exp(-C / (eps + 2 rho))."""
+    cost = torch.tensor([[0.7]], dtype=torch.float64)
+    plan = sinkhorn(cost, epsilon=0.1, n_iters=500, rho=0.4).plan
+    assert plan.item() == pytest.approx(math.exp(-0.7 / 0.9), rel=1e-10)
+
+
+@pytest.mark.parametrize(("order", "exact"), [("rows_first", -2), ("columns_first", -1)])
+def test_marginals_hold(order, exact):
+    cost, a, b = problem(3, 5, 8)
+    plan = sinkhorn(cost, a, b, epsilon=0.05, n_iters=400, order=order).plan
+    torch.testing.assert_close(plan.sum(-1), a, rtol=1e-6, atol=0)
+    torch.testing.assert_close(plan.sum(-2), b, rtol=1e-6, atol=0)
+    short = sinkhorn(cost, a, b, epsilon=0.05, n_iters=2, order=order).plan
+    want, other = (b, a) if exact == -2 else (a, b)
+    torch.testing.assert_close(short.sum(exact), want, rtol=1e-12, atol=0)
+    assert (short.sum(-1 if exact == -2 else -2) - other).abs().max() > 1e-4
+
+
+def test_potentials_make_the_plan():
+    cost, a, b = problem(4, 6)
+    for reg_type in ("entropy", "kl"):
+        out = sinkhorn(cost, a, b, epsilon=0.2, n_iters=7, reg_type=reg_type, rho=0.8)
+        plan = ((out.f[:, None] + out.g - cost) / 0.2).exp()
+        plan = plan * a[:, None] * b if reg_type == "kl" else plan
+        torch.testing.assert_close(plan, out.plan, rtol=1e-12, atol=0)
+
+
+def test_permutation_and_transposition():
+    cost, a, b = problem(2, 5, 7)
+    rows, columns = torch.randperm(5), torch.randperm(7)
+    value = sinkhorn_cost(cost, a, b)
+    permuted = sinkhorn_cost(cost[:, rows][:, :, columns], a[:, rows], b[:, columns])
+    torch.testing.assert_close(permuted, value, rtol=1e-12, atol=0)
+    turned = sinkhorn_cost(cost.mT, b, a, order="columns_first")
+    torch.testing.assert_close(turned, value, rtol=1e-12, atol=0)
+    constant = sinkhorn(cost + 3.0, a, b).plan  # a constant in the cost moves no mass
+    torch.testing.assert_close(constant, sinkhorn(cost, a, b).plan, rtol=1e-10, atol=0)
+
+
+def test_balanced_reg_types_agree_at_convergence():
+    cost, a, b = problem(4, 6)
+    one = sinkhorn(cost, a, b, n_iters=500)
+    two = sinkhorn(cost, a, b, n_iters=500, reg_type="kl")
+    torch.testing.assert_close(one.plan, two.plan, rtol=1e-8, atol=1e-12)
+
+
+def test_plain_domain_program():
+    """The program a user would write: X = exp(-C / eps), divided by its row and its column sums in turn."""
+    cost, _, _ = problem(6, 6)
+    x = torch.exp(-cost / 0.1)
+    for _ in range(20):
+        x = x / x.sum(-1, keepdim=True)
+        x = x / x.sum(-2, keepdim=True)
+    torch.testing.assert_close(sinkhorn(cost).plan, x, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_batch_equals_single_problems(options):
+    cost, a, b = problem(2, 3, 4, 5)
+    together = sinkhorn(cost, a, b, **options)
+    for i in range(2):
+        for j in range(3):
+            alone = sinkhorn(cost[i, j], a[i, j], b[i, j], **options)
+            for got, want in zip(together, alone):
+                torch.testing.assert_close(got[i, j], want, rtol=1e-9, atol=1e-12)
+
+
+def test_one_cost_many_marginals():
+    cost, _, _ = problem(4, 5)
+    _, a, b = problem(3, 4, 5)
+    value = sinkhorn_cost(cost.expand(3, 4, 5), a, b)
+    torch.testing.assert_close(value, torch.stack([sinkhorn_cost(cost, a[i], b[i]) for i in range(3)]))
+
+
+def test_tol_freezes_each_problem_by_itself():
+    cost, a, b = problem(4, 5, 5)
+    cost = cost * torch.tensor([0.01, 1.0, 4.0, 8.0], dtype=torch.float64)[:, None, None]
+    out = sinkhorn(cost, a, b, n_iters=2000, tol=1e-6)
+    assert out.iterations.dtype == torch.int64
+    assert out.iterations[0] < out.iterations[1] < out.iterations[3] < 2000
+    for i in range(4):
+        alone = sinkhorn(cost[i], a[i], b[i], n_iters=int(out.iterations[i]))
+        torch.testing.assert_close(out.plan[i], alone.plan, rtol=1e-9, atol=1e-15)
+        assert ((out.plan[i].sum(-1) - a[i]) / a[i]).abs().max() < 1e-6
+        earlier = sinkhorn(cost[i], a[i], b[i], n_iters=int(out.iterations[i]) - 2).plan
+        assert ((earlier.sum(-1) - a[i]) / a[i]).abs().max() > 1e-7
+
+
+# ---------------------------------------------------------------- other packages
+@pytest.mark.filterwarnings("ignore")
+def test_pot_balanced():
+    ot = pytest.importorskip("ot")
+    cost, a, b = problem(5, 7)
+    want = ot.sinkhorn(a, b, cost, 0.1, numItermax=5000, stopThr=1e-14)
+    torch.testing.assert_close(
+        sinkhorn(cost, a, b, n_iters=2000, order="columns_first").plan, want, rtol=1e-9, atol=1e-14
+    )
+    # ten iterations: POT has the columns first and starts at u = 1/N, a constant the first half-step removes
+    few = ot.sinkhorn(a, b, cost, 0.1, numItermax=10, stopThr=0, warn=False)
+    torch.testing.assert_close(sinkhorn(cost, a, b, n_iters=10, order="columns_first").plan, few, rtol=1e-9, atol=1e-14)
+    many = torch.stack([b, b.flip(0)], 1)  # [M, H]: H problems against one cost
+    value = ot.sinkhorn2(a, many, cost, 0.1, numItermax=5000, stopThr=1e-14)
+    ours = sinkhorn_cost(cost.expand(2, 5, 7), a, many.T, n_iters=2000, order="columns_first")
+    torch.testing.assert_close(ours, value, rtol=1e-9, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pot_gradient():
+    ot = pytest.importorskip("ot")
+    cost, a, b = problem(4, 5)
+    leaves = [t.clone().requires_grad_() for t in (cost, a, b)]
+    value = (ot.sinkhorn(leaves[1], leaves[2], leaves[0], 0.2, numItermax=30, stopThr=0, warn=False) * leaves[0]).sum()
+    want = torch.autograd.grad(value, leaves)
+    ours = torch.autograd.grad(sinkhorn_cost(*leaves, epsilon=0.2, n_iters=30, order="columns_first"), leaves)
+    for got, expected in zip(ours, want):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reg_type", ["entropy", "kl"])
+@pytest.mark.parametrize("reg_m", [0.5, (0.3, 2.0)])
+def test_pot_unbalanced(reg_type, reg_m):
+    ot = pytest.importorskip("ot")
+    cost, a, b = problem(5, 7)
+    b = 1.7 * b
+    want = ot.unbalanced.sinkhorn_unbalanced(a, b, cost, 0.1, reg_m, reg_type=reg_type, numItermax=5000, stopThr=1e-15)
+    ours = sinkhorn(cost, a, b, n_iters=3000, rho=reg_m, reg_type=reg_type).plan
+    torch.testing.assert_close(ours, want, rtol=1e-8, atol=1e-14)
+
+
+# ---------------------------------------------------------------- gradients
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradcheck(options):
+    leaves = [t.requires_grad_() for t in problem(2, 3, 4)]
+    options = {"epsilon": 0.3, "n_iters": 4} | options
+    torch.autograd.gradcheck(lambda c, a, b: sinkhorn_cost(c, a, b, **options), leaves)
+    torch.autograd.gradcheck(lambda c, a, b: sinkhorn(c, a, b, **options)[:3], leaves)
+
+
+def test_envelope_is_the_plan_and_refuses_weights():
+    cost, a, b = problem(2, 4, 5)
+    cost.requires_grad_()
+    plan = sinkhorn(cost.detach(), a, b).plan
+    (grad,) = torch.autograd.grad(sinkhorn_cost(cost, a, b, grad="envelope").sum(), cost)
+    torch.testing.assert_close(grad, plan, rtol=1e-12, atol=0)
+    by_hand = (sinkhorn(cost, a, b, grad="envelope").plan * cost).sum()
+    torch.testing.assert_close(torch.autograd.grad(by_hand, cost)[0], plan, rtol=1e-12, atol=0)
+    (unrolled,) = torch.autograd.grad(sinkhorn_cost(cost, a, b).sum(), cost)
+    assert (unrolled - plan).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"a: grad='envelope' gives no gradient"):
+        sinkhorn_cost(cost, a.requires_grad_(), b, grad="envelope")
+
+
+# ---------------------------------------------------------------- masks, limits, shapes
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_zero_weight_is_absence(options):
+    cost, a, b = problem(5, 6)
+    keep_a, keep_b = torch.tensor([1, 0, 1, 1, 0]).bool(), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
+    masked = [t.requires_grad_() for t in (cost.clone(), torch.where(keep_a, a, 0.0), torch.where(keep_b, b, 0.0))]
+    out = sinkhorn(*masked, **options)
+    small = [t.requires_grad_() for t in (cost[keep_a][:, keep_b].clone(), a[keep_a], b[keep_b])]
+    want = sinkhorn(*small, **options)
+    torch.testing.assert_close(out.plan[keep_a][:, keep_b], want.plan, rtol=1e-9, atol=1e-13)
+    assert (out.plan[~keep_a] == 0).all() and (out.plan[:, ~keep_b] == 0).all()
+    assert (out.f[~keep_a] == -math.inf).all() and (out.g[~keep_b] == -math.inf).all()
+    grads = torch.autograd.grad(sinkhorn_cost(*masked, **options), masked)
+    expected = torch.autograd.grad(sinkhorn_cost(*small, **options), small)
+    torch.testing.assert_close(grads[0][keep_a][:, keep_b], expected[0], rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(grads[1][keep_a], expected[1], rtol=1e-7, atol=1e-12)
+    assert (grads[0][~keep_a] == 0).all() and (grads[0][:, ~keep_b] == 0).all()
+    assert (grads[1][~keep_a] == 0).all() and (grads[2][~keep_b] == 0).all()
+
+
+def test_all_masked_is_zero():
+    cost, _, b = problem(3, 4)
+    cost.requires_grad_()
+    value = sinkhorn_cost(cost, torch.zeros(3, dtype=torch.float64), b)
+    value.backward()
+    assert value.item() == 0.0 and (cost.grad == 0).all()
+
+
+def test_forbidden_pairs():
+    cost, _, _ = problem(4, 4)
+    cost[0, 1:] = math.inf
+    cost[2, 3] = math.inf
+    cost.requires_grad_()
+    out = sinkhorn(cost, n_iters=50)
+    assert out.plan[0, 1:].eq(0).all() and out.plan[2, 3] == 0 and out.plan[0, 0] > 0.5
+    value = sinkhorn_cost(cost, n_iters=50)
+    value.backward()
+    assert math.isfinite(value.item()) and cost.grad.isfinite().all() and cost.grad[0, 1:].eq(0).all()
+    large = cost.detach().clamp_max(40.0).requires_grad_()
+    again = sinkhorn_cost(large, n_iters=50)
+    torch.testing.assert_close(value, again, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [1e-3, 5e-3, 0.02])
+def test_small_epsilon_has_no_nan(epsilon, dtype):
+    cost, a, b = problem(2, 9, 12, dtype=dtype)
+    leaf = (2 * cost).requires_grad_()
+    out = sinkhorn(leaf, a, b, epsilon=epsilon, n_iters=200)
+    value = (out.plan * leaf).sum((-1, -2))
+    value.sum().backward()
+    assert out.plan.isfinite().all() and leaf.grad.isfinite().all() and leaf.grad.abs().max() > 0.01
+    torch.testing.assert_close(out.plan.sum(-2), b, rtol=2e-3 if dtype is torch.float32 else 1e-9, atol=0)
+    assert (value >= 0).all() and (value <= 2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes(dtype):
+    cost, a, b = problem(2, 6, 5, dtype=dtype)
+    leaf = cost.clone().requires_grad_()
+    value = sinkhorn_cost(leaf, a, b)
+    value.sum().backward()
+    assert value.dtype is torch.float32 and leaf.grad.dtype is dtype
+    want = sinkhorn_cost(cost.double(), a.double(), b.double())
+    torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_strided_and_empty_batch():
+    cost, _, _ = problem(3, 8, 5)
+    view = cost.mT[:, ::2, 1::2]
+    torch.testing.assert_close(sinkhorn_cost(view), sinkhorn_cost(view.contiguous()), rtol=1e-12, atol=0)
+    none = torch.empty(0, 4, 5, requires_grad=True)
+    value = sinkhorn_cost(none)
+    value.sum().backward()
+    assert value.shape == (0,) and none.grad.shape == (0, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cost": torch.ones(3)}, r"cost: expected \[..., N, M\], at least 2 dimensions, got shape \(3,\)"),
+        ({"cost": torch.ones(0, 3)}, "cost: expected at least one row and one column"),
+        ({"cost": torch.ones(2, 2, dtype=torch.long)}, "cost: expected float16"),
+        ({"a": torch.ones(4)}, r"a: expected shape \(3,\).*got \(4,\)"),
+        ({"b": torch.ones(2, 2, 5)}, r"b: expected shape \(5,\)"),
+        ({"epsilon": 0.0}, r"epsilon: expected a finite number in \(0"),
+        ({"epsilon": []}, "epsilon: expected a number or at least one value"),
+        ({"epsilon": [0.1, -1.0]}, r"epsilon\[1\]: expected a finite number"),
+        ({"epsilon": [0.1, 0.1], "tol": 1e-3}, "tol: expected None with an epsilon per iteration"),
+        ({"n_iters": 0}, "n_iters: expected an int >= 1, got 0"),
+        ({"order": "rows"}, "order: expected one of rows_first, columns_first, got 'rows'"),
+        ({"update": "both"}, "update: expected one of alternate, average"),
+        ({"reg_type": "l2"}, "reg_type: expected one of entropy, kl"),
+        ({"grad": "implicit"}, "grad: expected one of unrolled, envelope"),
+        ({"rho": -1.0}, "rho: expected a finite number"),
+        ({"rho": (1.0, 1.0, 1.0)}, "rho: expected None, a number or a pair"),
+        ({"tol": -1.0}, "tol: expected a finite number"),
+        ({"backend": "triton"}, "sinkhorn has no triton backend"),
+    ],
+    ids=str,
+)
+def test_bad_input(change, message):
+    arguments = {"cost": torch.ones(3, 5)} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        sinkhorn(**arguments)
