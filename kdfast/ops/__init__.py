@@ -2,14 +2,32 @@
 
 from kdfast.ops.divergence import divergence, divergence_reference
 from kdfast.ops.pairwise import pairwise_cost, pairwise_cost_reference
+from kdfast.ops.routing import Routing, dense_weights, route_topk, route_topk_reference
+from kdfast.ops.routing_experts import grouped_linear, grouped_mlp
+from kdfast.ops.routing_noise import drop_second_choice, jitter, noisy_logits
+from kdfast.ops.routing_plan import Plan, combine, dispatch, expert_capacity, make_plan
 from kdfast.ops.sinkhorn import SinkhornOutput, sinkhorn, sinkhorn_cost, sinkhorn_cost_reference, sinkhorn_reference
 
 __all__ = [
+    "Plan",
+    "Routing",
     "SinkhornOutput",
+    "combine",
+    "dense_weights",
+    "dispatch",
     "divergence",
     "divergence_reference",
+    "drop_second_choice",
+    "expert_capacity",
+    "grouped_linear",
+    "grouped_mlp",
+    "jitter",
+    "make_plan",
+    "noisy_logits",
     "pairwise_cost",
     "pairwise_cost_reference",
+    "route_topk",
+    "route_topk_reference",
     "sinkhorn",
     "sinkhorn_cost",
     "sinkhorn_cost_reference",

@@ -1,0 +1,241 @@
+"""Routing plans: expert ids to a stable grouping by expert, and the two moves it allows, dispatch and combine.
+
+N rows choose k experts each: M = N k slots, slot s = n k + j, expert id -1 = dropped.
+
+    counts_e  = slots of expert e               offsets = exclusive prefix sum of counts, offsets_E = all kept slots
+    order     = slots sorted by expert, ascending slot inside an expert (a stable counting sort)      grouped row -> slot
+    inverse   = its inverse                                                                           slot -> grouped row
+    position  = rank of a slot inside its expert; with a capacity C a slot is kept iff position < C
+
+    dispatch:  rows_r = x[order_r // k]                           dx_n = sum_j drows[inverse_nj]
+    combine:   y_n = sum_j w_nj rows[inverse_nj]                  dw_nj = <dy_n, rows[inverse_nj]>,  drows = w dy
+
+Both sums run over the slots of a row in slot order with a float32 accumulator (float64 for float64): no atomics, the same
+bits every time. Every output has a length known from the shapes alone; unused tails hold -1 (ids) or 0 (rows).
+Grouped kernels with blocks of B rows read a padded layout: expert e owns ceil(counts_e / B) blocks, `row_slot` gives the
+slot of each padded row (-1 on padding) and `block_expert` the expert of each block. Bounds: M + min(E, M)(B - 1) rows
+and floor(M / B) + min(E, M) blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast._checks import check_choice, check_float_tensor, check_int, check_number
+from kdfast._dispatch import debugging
+from kdfast._library import compute_dtype
+
+ORDERS = ("token", "choice")
+INTEGERS = (torch.int32, torch.int64)
+
+
+class Plan(NamedTuple):
+    """A grouping of slots by expert; int32 tensors and the block size. Dropped: id -1, or past the capacity."""
+
+    order: Tensor  # [M] grouped row -> slot, -1 past the last kept slot
+    inverse: Tensor  # [N, k] slot -> grouped row, -1 if dropped
+    counts: Tensor  # [E] kept slots per expert
+    offsets: Tensor  # [E + 1] first grouped row of each expert
+    position: Tensor  # [N, k] rank inside the expert before the capacity, -1 for id -1
+    row_slot: Tensor  # [M + min(E, M)(B - 1)] padded row -> slot, -1 on padding and past the end
+    block_expert: Tensor  # [M // B + min(E, M)] expert of each block, -1 past the last one
+    padded_offsets: Tensor  # [E + 1] first padded row of each expert
+    block: int  # B
+
+
+def expert_capacity(
+    capacity_factor: float | None, rows: int, k: int, num_experts: int, *, rounding: str = "ceil"
+) -> int | None:
+    """C = ceil(capacity_factor k N / E) slots per expert, in float64; None (dropless) for a factor of None or 0.
+
+    rounding="floor" is MegaBlocks' choice. Raises ValueError for a negative factor.
+
+    >>> expert_capacity(1.25, rows=10, k=2, num_experts=4)
+    7
+    """
+    check_choice("rounding", rounding, ("ceil", "floor"))
+    if capacity_factor is None or check_number("capacity_factor", capacity_factor, low=0.0) == 0:
+        return None
+    exact = capacity_factor * k * rows / num_experts
+    return math.ceil(exact) if rounding == "ceil" else math.floor(exact)
+
+
+def default_block(slots: int, num_experts: int) -> int:
+    """64 rows a block, 16 where experts get fewer than 16 rows on average."""
+    return 16 if slots < 16 * num_experts else 64
+
+
+# ---------------------------------------------------------------- reference
+def make_plan_reference(
+    ids: Tensor, num_experts: int, *, block: int, capacity: int | None = None, order: str = "token", weights: Tensor | None = None
+) -> Plan:  # fmt: skip
+    """The definitions of this module in plain torch. `weights`: slots of weight exactly 0 count as dropped."""
+    rows, k = ids.shape
+    slots = rows * k
+    valid = (ids >= 0) & (ids < num_experts)
+    if weights is not None:
+        valid = valid & (weights.detach() != 0)
+    expert = torch.where(valid, ids, num_experts).long()  # [N, k], dropped slots sort last
+    ranked = expert if order == "token" else expert.t()  # choice order: all first choices, then all second
+    position = _ranks(ranked.flatten(), num_experts).view(ranked.shape)
+    position = position if order == "token" else position.t()
+    if capacity is not None:
+        expert = torch.where(position < capacity, expert, num_experts)
+    flat = expert.flatten()
+    counts = _histogram(flat, num_experts)[:num_experts]
+    offsets = _exclusive_scan(counts)
+    sorted_slots = flat.sort(stable=True).indices  # [M] grouped row -> slot
+    row = torch.arange(slots, device=ids.device)
+    kept = row < offsets[-1]
+    inverse = torch.empty_like(row).scatter(0, sorted_slots, torch.where(kept, row, -1))
+    blocks = (counts + block - 1) // block
+    padded_offsets = _exclusive_scan(blocks * block)
+    row_slot = row.new_full((slots + min(num_experts, slots) * (block - 1) + 1,), -1)  # one spare for dropped slots
+    target = torch.where(flat < num_experts, padded_offsets[flat] + inverse - offsets[flat], row_slot.shape[0] - 1)
+    row_slot = row_slot.scatter(0, target, row)[:-1]
+    block_row = torch.arange(slots // block + min(num_experts, slots), device=ids.device) * block
+    block_expert = torch.searchsorted(padded_offsets[1:].contiguous(), block_row, right=True)
+    block_expert = torch.where(block_row < padded_offsets[-1], block_expert, -1)
+    order_, inverse, counts, offsets, position, row_slot, block_expert, padded_offsets = (
+        t.to(torch.int32)
+        for t in (
+            torch.where(kept, sorted_slots, -1), inverse.view(rows, k), counts, offsets,
+            torch.where(valid, position, -1), row_slot, block_expert, padded_offsets,
+        )
+    )  # fmt: skip
+    return Plan(order_, inverse, counts, offsets, position, row_slot, block_expert, padded_offsets, block)
+
+
+def _histogram(values: Tensor, num_experts: int) -> Tensor:
+    bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=values.device)
+    return bins.index_add_(0, values, torch.ones_like(values))
+
+
+def _exclusive_scan(counts: Tensor) -> Tensor:
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _ranks(expert: Tensor, num_experts: int) -> Tensor:
+    """Rank of each entry among the earlier entries of the same expert."""
+    order = expert.sort(stable=True).indices
+    first = _exclusive_scan(_histogram(expert, num_experts))
+    ranks = torch.arange(expert.shape[0], device=expert.device) - first[expert[order]]
+    return torch.empty_like(expert).scatter(0, order, ranks)
+
+
+def dispatch_reference(x: Tensor, plan: Plan) -> Tensor:
+    k = plan.inverse.shape[1]
+    rows = x[(plan.order.clamp_min(0) // k).long()]  # [M, H]
+    return torch.where((plan.order >= 0).unsqueeze(-1), rows, 0.0)
+
+
+def combine_reference(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
+    dtype = compute_dtype(rows)
+    total = rows.new_zeros((plan.inverse.shape[0], rows.shape[1]), dtype=dtype)  # [N, H]
+    if rows.shape[0] == 0:
+        return total.to(rows.dtype)
+    for j in range(plan.inverse.shape[1]):  # slot order
+        index = plan.inverse[:, j].long()
+        term = rows[index.clamp_min(0)].to(dtype)
+        if weights is not None:
+            term = term * torch.where(index >= 0, weights[:, j], 0.0).to(dtype).unsqueeze(-1)
+        total = total + torch.where((index >= 0).unsqueeze(-1), term, 0.0)
+    return total.to(rows.dtype)
+
+
+# ---------------------------------------------------------------- public
+def make_plan(
+    ids: Tensor,
+    num_experts: int,
+    *,
+    block: int | None = None,
+    capacity: int | None = None,
+    order: str = "token",
+    skip_zero: Tensor | None = None,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Plan:
+    """Groups the slots of `ids` by expert; the definitions stand at the top of this module.
+
+    Args:
+        ids: [N, k] int32 or int64 expert ids in [0, E), -1 = dropped. A row may name an expert twice (a given plan).
+        block: rows per block of the padded layout. Default 64, or 16 below 16 slots per expert on average.
+        capacity: slots an expert takes; None or 0 is dropless. Slots past it are dropped; weights are NOT renormalised.
+        order: who comes first when there is a capacity: "token" (slot order) or "choice" (all first choices, then all
+            second ones: GShard).
+        skip_zero: weights [N, k]; slots of weight exactly 0 are left out, so the router gets no gradient from them either.
+        validate: read the ids: one outside [-1, E) raises. Default: on the CPU and under `kdfast.debug()`; without it
+            such an id counts as dropped.
+    Returns:
+        Plan. Nothing in it is differentiable.
+    Raises:
+        ValueError: bad ids, negative capacity, 2^31 slots or more.
+
+    >>> plan = make_plan(route_topk(torch.randn(6, 8), k=2).ids, num_experts=8)
+    """
+    _check_ids(ids, num_experts)
+    capacity = None if capacity is None else check_int("capacity", capacity) or None
+    check_choice("order", order, ORDERS)
+    slots = ids.numel()
+    block = default_block(slots, num_experts) if block is None else check_int("block", block, low=1)
+    if slots + min(num_experts, slots) * (block - 1) >= 2**31:
+        raise ValueError(f"ids: expected fewer than 2^31 padded rows, got {slots} slots with block={block}")
+    if skip_zero is not None and (check_float_tensor("skip_zero", skip_zero).shape != ids.shape):
+        raise ValueError(f"skip_zero: expected the shape of ids {tuple(ids.shape)}, got {tuple(skip_zero.shape)}")
+    if validate is None:
+        validate = (ids.device.type == "cpu" and not torch.compiler.is_compiling()) or debugging()
+    if validate and bool(((ids < -1) | (ids >= num_experts)).any()):
+        raise ValueError(f"ids: expected -1 (dropped) or an expert in [0, {num_experts}), got one outside")
+    return make_plan_reference(ids, num_experts, block=block, capacity=capacity, order=order, weights=skip_zero)
+
+
+def dispatch(x: Tensor, plan: Plan, *, backend: str | None = None) -> Tensor:
+    """rows_r = x[order_r // k]: the rows of `x` [N, H] grouped by expert, [M, H]; zeros past the last kept slot.
+
+    Differentiable in x, once; the gradient sums the slots of a row in slot order. Raises ValueError on a shape mismatch.
+
+    >>> rows = dispatch(x, plan)
+    """
+    check_float_tensor("x", x)
+    if x.dim() != 2 or x.shape[0] != plan.inverse.shape[0]:
+        raise ValueError(f"x: expected [N, H] with the {plan.inverse.shape[0]} rows of the plan, got {tuple(x.shape)}")
+    return dispatch_reference(x, plan)
+
+
+def combine(rows: Tensor, weights: Tensor | None, plan: Plan, *, backend: str | None = None) -> Tensor:
+    """y_n = sum_j w_nj rows[inverse_nj] over the kept slots of a row, in slot order; [N, H] in the dtype of `rows`.
+
+    Args:
+        rows: [M, H] in grouped order, as `dispatch` makes them. weights: [N, k], None means 1.
+    Differentiable in rows and weights, once: dw_nj = <dy_n, rows[inverse_nj]>; a dropped slot's weight gets 0.
+
+    >>> y = combine(dispatch(x, plan), routing.weights, plan)
+    """
+    check_float_tensor("rows", rows)
+    if rows.dim() != 2 or rows.shape[0] != plan.order.shape[0]:
+        raise ValueError(
+            f"rows: expected [M, H] with the {plan.order.shape[0]} slots of the plan, got {tuple(rows.shape)}"
+        )
+    check_slot_weights(weights, plan)
+    return combine_reference(rows, weights, plan)
+
+
+def check_slot_weights(weights: Tensor | None, plan: Plan) -> None:
+    if weights is not None and check_float_tensor("weights", weights).shape != plan.inverse.shape:
+        raise ValueError(
+            f"weights: expected one per slot of the plan {tuple(plan.inverse.shape)}, got {tuple(weights.shape)}"
+        )
+
+
+def _check_ids(ids: object, num_experts: int) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids: expected a Tensor of integers, got {type(ids).__name__}")
+    if ids.dtype not in INTEGERS:
+        raise TypeError(f"ids: expected int32 or int64, got {ids.dtype}")
+    if ids.dim() != 2:
+        raise ValueError(f"ids: expected [N, k], got {tuple(ids.shape)}")
+    check_int("num_experts", num_experts, low=1)
