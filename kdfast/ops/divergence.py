@@ -242,7 +242,7 @@ def _divergence_rows_cpu(student, teacher, labels, row_temperature, kind, a, b, 
     stats = torch.empty([N_STATS, *shape], dtype=dtype)
     labels, row_temperature = _contiguous(labels, torch.int64), _contiguous(row_temperature, dtype)
     _core.core.divergence_rows(
-        *_operand(student), *_operand(teacher), tuple(student.shape), dim, classes, kind, a, b, temperature,
+        *_operand(student), *_operand(teacher), student.shape, teacher.shape[dim], dim, classes, kind, a, b, temperature,
         _address(labels), _address(row_temperature), _address(rows), _address(stats),
     )  # fmt: skip
     return rows, stats
@@ -259,7 +259,7 @@ def _divergence_rows_backward_cpu(grad_rows, student, teacher, stats, labels, ro
         _contiguous(grad_rows, dtype),
     )
     _core.core.divergence_rows_backward(
-        *_operand(student), *_operand(teacher), tuple(student.shape), dim, classes, kind, a, b, temperature,
+        *_operand(student), *_operand(teacher), student.shape, teacher.shape[dim], dim, classes, kind, a, b, temperature,
         _address(labels), _address(row_temperature), _address(grad_rows), _address(stats),
         *_operand(grad_student), *_operand(grad_teacher),
     )  # fmt: skip
@@ -278,7 +278,7 @@ def _divergence_sum_cpu(student, teacher, labels, row_temperature, row_weight, k
         _contiguous(row_weight, dtype),
     )
     _core.core.divergence_sum(
-        *_operand(student), *_operand(teacher), tuple(student.shape), dim, classes, kind, a, b, temperature,
+        *_operand(student), *_operand(teacher), student.shape, teacher.shape[dim], dim, classes, kind, a, b, temperature,
         _address(labels), _address(row_temperature), _address(row_weight), kd_factor, ce_factor, label_smoothing,
         *_operand(grad_student), *_operand(grad_teacher), _address(loss), _address(parts),
     )  # fmt: skip

@@ -1,0 +1,132 @@
+// The formulas of kdfast.ops.divergence, once for every compiled backend (CPU vectors, CUDA scalars).
+//
+// For one class: lq, lp = log q, log p and d = lp - lq, never NaN (0 where both are -inf). Every kind is an f-divergence
+// sum q f(p/q), given by
+//     term >= 0    its share of the loss, written so that nothing cancels when p and q are close
+//     v            q dL/dq up to a multiple of q:   dL/dx_i = v_i - q_i sum v
+//     u            p dL/dp up to a multiple of p:   dL/dz_i = u_i - p_i sum u
+// f is taken with f(1) = f'(1) = 0 (adding c (p - q) changes no sum, since p and q both sum to 1), so each term is
+// non-negative and of second order in d: a KL of 5e-7 keeps its digits where sum p d has lost all of them.
+#pragma once
+
+#include <cstdint>
+
+namespace kdfast {
+
+enum class Kind : int {
+  forward_kl, reverse_kl, jeffreys, js, skew_forward_kl, skew_reverse_kl, tvd, alpha, dkd, binary
+};
+
+// What the terms need beside the logs; made once per call by divergence_parameters (bindings).
+struct KindParameters {
+  double beta = 0;          // mixture weight, or the order of alpha
+  double small = 0;         // |d| below this: the term is its power series
+  double scale = 1;         // of the whole divergence (js_rescaled)
+  double series[16] = {};   // coefficients of d^2, d^3, ... of term / q (js, alpha)
+};
+
+// Closed: sum v and sum u are known before the pass (forward KL: v = -p, so sum v = -1), loss and student gradient go together.
+constexpr bool is_closed(Kind kind) { return kind == Kind::forward_kl || kind == Kind::dkd || kind == Kind::binary; }
+
+template <class N>
+struct Element {
+  N q, p, term, v, u;
+};
+
+// phi(d) = d + expm1(-d), times p given p expm1(-d) = q - p: p d + q - p without cancellation for small d.
+// Ops O: number type N with arithmetic, constants, select, exp, log1p, and factorial_series (sum x^k / (k + first)!).
+template <class O, class N = typename O::N>
+KD_INLINE N kl_term(N p, N q, N d) {
+  const N near = p * (d * d) * O::phi_series(-d);
+  // p = 0 contributes q (the limit), also for d = -inf
+  const N far = O::select(p > O::set(0), p * d, O::set(0)) + (q - p);
+  return O::select(O::abs(d) < O::set(0.5), near, far);
+}
+
+template <class O, Kind kind, class N = typename O::N>
+KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k) {
+  Element<N> e;
+  if constexpr (kind == Kind::binary) {
+    // Two coins per class; lq, lp are the logits x, z themselves and d = z - x.
+    const N one = O::set(1);
+    const N eq = O::exp(-O::abs(lq)), ep = O::exp(-O::abs(lp));
+    const N tq = O::log1p(eq), tp = O::log1p(ep);
+    const N q1 = O::select(lq > O::set(0), one / (one + eq), eq / (one + eq)), p1 = O::select(lp > O::set(0), one / (one + ep), ep / (one + ep));
+    const N q0 = O::select(lq > O::set(0), eq / (one + eq), one / (one + eq)), p0 = O::select(lp > O::set(0), ep / (one + ep), one / (one + ep));
+    // log of the ratios of both sides; a side where both are certain of 0 counts nothing
+    const N d1 = O::select(O::equal(lp, lq), O::set(0), (O::min(lp, O::set(0)) - tp) - (O::min(lq, O::set(0)) - tq));
+    const N d0 = O::select(O::equal(lp, lq), O::set(0), (O::min(-lp, O::set(0)) - tp) - (O::min(-lq, O::set(0)) - tq));
+    e.q = q1, e.p = p1;
+    e.term = kl_term<O>(p1, q1, d1) + kl_term<O>(p0, q0, d0);
+    e.v = q1 - p1;  // exact gradients: the driver takes both sums as 0
+    e.u = O::select(p1 * p0 > O::set(0), p1 * p0 * d, O::set(0));
+    return e;
+  } else if constexpr (kind == Kind::js || kind == Kind::skew_forward_kl || kind == Kind::skew_reverse_kl) {
+    // m = b (first) + (1-b) (second); first is the teacher, for skew_reverse_kl the student. log m = larger log + L.
+    constexpr bool swap = kind == Kind::skew_reverse_kl;
+    const N b = O::set(k.beta), c = O::set(1 - k.beta);
+    // beyond 1e4 one side is 0 anyway; 0 * 1e4 = 0 where 0 * inf would be NaN
+    const N gap = O::max(O::min(swap ? -d : d, O::set(1e4)), O::set(-1e4));  // log first - log second
+    const N small_ratio = O::exp(-O::abs(gap));
+    const N minus = O::select(O::abs(gap) < O::set(0.5), O::expm1_small(-O::abs(gap)), small_ratio - O::set(1));
+    const N big = O::exp(O::max(lq, lp)), other = big * small_ratio;
+    const N L = O::log1p(O::select(gap > O::set(0), c, b) * minus);
+    const N first = O::select(gap > O::set(0), big, other), second = O::select(gap > O::set(0), other, big);
+    const N log_first = O::min(gap, O::set(0)) - L;      // log(first / m)
+    const N log_second = -O::max(gap, O::set(0)) - L;    // log(second / m)
+    e.p = swap ? second : first;
+    e.q = swap ? first : second;
+    if constexpr (kind == Kind::js) {
+      const N far = b * first * log_first + c * second * log_second;
+      const N near = second * (gap * gap) * O::polynomial(gap, k.series);
+      e.term = O::select(O::abs(gap) < O::set(k.small), near, O::max(far, O::set(0)));
+      e.v = c * second * log_second;
+      e.u = b * first * log_first;
+    } else {
+      const N mixture = b * first + c * second;
+      const N share = O::select(mixture > O::set(0), first / mixture, O::set(0));
+      e.term = kl_term<O>(first, mixture, log_first);
+      const N of_first = first * (log_first - b * share), of_second = -c * second * share;
+      e.v = swap ? of_first : of_second;
+      e.u = swap ? of_second : of_first;
+    }
+    return e;
+  } else {
+    const N q = O::exp(lq), p = O::exp(lp);
+    e.q = q, e.p = p;
+    if constexpr (kind == Kind::forward_kl || kind == Kind::dkd) {
+      e.term = kl_term<O>(p, q, d);
+      e.v = -p;
+      e.u = O::select(p > O::set(0), p * d, O::set(0));
+    } else if constexpr (kind == Kind::reverse_kl) {
+      e.term = kl_term<O>(q, p, -d);
+      e.v = O::select(q > O::set(0), -q * d, O::set(0));
+      e.u = -q;
+    } else if constexpr (kind == Kind::jeffreys) {
+      const N forward = O::set(2 * (1 - k.beta)), reverse = O::set(2 * k.beta);
+      e.term = forward * kl_term<O>(p, q, d) + reverse * kl_term<O>(q, p, -d);
+      e.v = -forward * p + reverse * O::select(q > O::set(0), -q * d, O::set(0));
+      e.u = forward * O::select(p > O::set(0), p * d, O::set(0)) - reverse * q;
+    } else if constexpr (kind == Kind::tvd) {
+      const N difference = O::select(O::abs(d) < O::set(0.5), q * O::expm1_small(d), p - q);
+      const N sign = O::select(d > O::set(0), O::set(-0.5), O::select(d < O::set(0), O::set(0.5), O::set(0)));  // of q - p, halved
+      e.term = O::set(0.5) * O::abs(difference);
+      e.v = q * sign;
+      e.u = -p * sign;
+    } else {  // alpha
+      static_assert(kind == Kind::alpha, "a kind without a formula");
+      const N a = O::set(k.beta), b = O::set(k.beta - 1), ad = a * d, bd = b * d;
+      N power = a * lp - b * lq;
+      power = O::select(O::equal(power, power), power, O::set(-1e4));  // both -inf: p^a q^(1-a) = 0
+      const N r = O::exp(power);
+      const N far = (r - a * p + b * q) / (a * b);
+      const N near = q * (d * d) * O::polynomial(d, k.series);
+      e.term = O::select(O::abs(d) < O::set(k.small), near, O::max(far, O::set(0)));
+      e.v = O::select(O::abs(ad) < O::set(0.5), -q * O::expm1_small(ad), q - r) / a;
+      e.u = O::select(O::abs(bd) < O::set(0.5), p * O::expm1_small(bd), r - p) / b;
+    }
+    return e;
+  }
+}
+
+}  // namespace kdfast
