@@ -9,3 +9,8 @@ core:
 	  -Dpybind11_DIR=$$(python -c 'import pybind11; print(pybind11.get_cmake_dir())') $(CMAKE_ARGS) > /dev/null
 	cmake --build build/dev
 	cp build/dev/_C*.so kdfast/
+
+.PHONY: bench
+# Measures what has no result for these sources, then docs/benchmarks.md, its plots and the README table. CASE="a b": these again.
+bench:
+	python -m benchmarks.run $(CASE)

@@ -1,0 +1,121 @@
+"""What a number depends on besides the code: the processor, versions, commit, bandwidth, load; and how memory is read."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+import kdfast
+from benchmarks.baselines import peers
+
+ROOT = Path(__file__).resolve().parent.parent
+# A result stands until one of these changes.
+SOURCES = ("csrc", "CMakeLists.txt", "kdfast/ops", "kdfast/losses", "kdfast/_core.py", "kdfast/_library.py", "kdfast/_dispatch.py",
+           "benchmarks/case.py", "benchmarks/bench_cases.py", "benchmarks/cases", "benchmarks/baselines")  # fmt: skip
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Hash of every source a number depends on, with torch and the processor: the same value means measured already."""
+    digest = hashlib.sha256(f"{torch.__version__} {processor()} {os.cpu_count()}".encode())
+    for name in SOURCES:
+        path = ROOT / name
+        files = (
+            sorted(p for p in path.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu")) if path.is_dir() else [path]
+        )
+        for file in files:
+            if file.exists():
+                digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def processor() -> str:
+    """The model name; a virtual machine hides the marketing name, so the family and model numbers stand beside it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"{found.get('model name', platform.machine())} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
+
+
+def identity() -> dict[str, object]:
+    """The short facts that every row carries."""
+    info = kdfast.backend_info()
+    commit = git("rev-parse", "--short=12", "HEAD")
+    # Results and generated pages do not count: a run writes them case by case.
+    changed = git("status", "--porcelain", "--", *SOURCES)
+    return {
+        "device": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": info["cpu"].get("isa", "none"),
+        "torch": torch.__version__,
+        "kdfast": kdfast.__version__,
+        "commit": commit + ("+changes" if changed else ""),
+    }
+
+
+def environment() -> dict[str, object]:
+    """The longer facts, once per result file."""
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}",
+        "huge_pages": pages.read_text().strip() if pages.exists() else "unknown",
+        "peers": peers.versions(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def copy_bandwidth(megabytes: int = 256, rounds: int = 9) -> float:
+    """Bytes per second of a plain copy by torch on all threads, read and write counted, both buffers already paged in."""
+    source = torch.ones(megabytes << 18)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * source.numel() * 4 / statistics.median(times)
+
+
+def resident() -> tuple[int, int]:
+    """(bytes resident now, highest since the last reset)."""
+    values = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in ("VmRSS", "VmHWM"):
+            values[key] = int(value.split()[0]) * 1024
+    return values["VmRSS"], values["VmHWM"]
+
+
+def reset_peak() -> bool:
+    """Sets the kernel's resident high-water mark of this process to what is resident now; False where that is not allowed.
+
+    First the allocator gives its free pages back: a block taken from a free list that is still resident would cost nothing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return False
+    trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
