@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,3 +30,26 @@ def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and upstream.device.type == "cpu" and upstream.item() == 1.0:
         return grad
     return grad * upstream.to(grad.dtype) if grad.dtype == torch.float64 else (grad * upstream).to(grad.dtype)
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of a fused op: a second derivative raises, naming the reference backend.
+
+    torch's once_differentiable looks at the upstream gradient alone. Behind an op that is differentiable twice (a
+    normalisation, a projection) that gradient may be a constant while the inputs are not: the second derivative would then
+    be silently wrong. Here it raises in that case too.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or transforms_active() or torch.compiler.is_compiling():
+            return results
+        outputs = results if isinstance(results, tuple) else (results,)
+        message = "kdfast: the fused backends have no second derivative; pass backend='reference'"
+        fail = torch._C._functions.DelayedError(message.encode(), len(outputs))
+        outputs = fail(*(g if g is None else g.detach().requires_grad_() for g in outputs))
+        return outputs if isinstance(results, tuple) else outputs[0]
+
+    return wrapper

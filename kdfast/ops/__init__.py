@@ -1,7 +1,9 @@
 """The ops. Each file holds the equation, the plain-torch reference, the registration and the public function."""
 
 from kdfast.ops.divergence import divergence, divergence_reference
-from kdfast.ops.pairwise import pairwise_cost, pairwise_cost_reference
+from kdfast.ops.mmd import mmd_bandwidths, pairwise_mmd, pairwise_mmd_reference
+from kdfast.ops.pairwise import pairwise_cost, pairwise_cost_reference, pairwise_infonce, pairwise_infonce_reference
+from kdfast.ops.relation import relation_kl, relation_kl_reference, relation_mse, relation_mse_reference
 from kdfast.ops.routing import Routing, dense_weights, route_topk, route_topk_reference
 from kdfast.ops.routing_experts import grouped_linear, grouped_mlp
 from kdfast.ops.routing_noise import drop_second_choice, jitter, noisy_logits
@@ -23,9 +25,18 @@ __all__ = [
     "grouped_mlp",
     "jitter",
     "make_plan",
+    "mmd_bandwidths",
     "noisy_logits",
     "pairwise_cost",
     "pairwise_cost_reference",
+    "pairwise_infonce",
+    "pairwise_infonce_reference",
+    "pairwise_mmd",
+    "pairwise_mmd_reference",
+    "relation_kl",
+    "relation_kl_reference",
+    "relation_mse",
+    "relation_mse_reference",
     "route_topk",
     "route_topk_reference",
     "sinkhorn",

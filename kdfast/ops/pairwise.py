@@ -1,15 +1,30 @@
-"""Costs between all pairs of two point sets.
+"""Costs and contrasts between all pairs of two point sets, without keeping the table of pairs where a row sum is enough.
 
-c_ij = sum_c |x_ic - y_jc|^p            p = 1 or 2 (2: the squared distance, no root)
-dc_ij/dx_ic = sign(x_ic - y_jc), 0 at a tie, or 2 (x_ic - y_jc)
+    pairwise_cost      c_ij = sum_c |x_ic - y_jc|^p            p = 1 or 2 (2: the squared distance, no root)
+                       dc_ij/dx_ic = sign(x_ic - y_jc), 0 at a tie, or 2 (x_ic - y_jc)
+    pairwise_infonce   l_i = log sum_{j in A_i} exp(s_ij / tau) - s_{i,p_i} / tau,   s_ij = <x_i, y_j> or its cosine
+                       dl_i/ds_ij = ([j in A_i] softmax_j - [j = p_i]) / tau
+                       A_i = all columns, or all but j = i; p_i is the column of the positive
+    pairwise_mmd       kernel mean discrepancy, k(a, b) = sum_r exp(-|a-b|^2 / bandwidth_r)   (in `kdfast.ops.mmd`)
+
+The gradient of l_i with respect to x_i needs row i alone. So the fused InfoNCE makes it in the forward pass, while the
+block of scores is still in cache: [N, D] numbers, which the backward multiplies by the upstream factor of the row. Only a
+gradient for y computes the scores again. Matrix products are torch.mm on blocks of rows.
 """
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast._checks import check_pair
-from kdfast._library import compute_dtype
+from kdfast._checks import check_choice, check_labels, check_number, check_pair
+from kdfast._dispatch import choose
+from kdfast._library import compute_dtype, first_derivative_only, lib, transforms_active
+
+SIMILARITIES = ("cosine", "dot")
+NORM_FLOOR = 1e-12  # the cosine with a zero vector is 0
+BLOCK_BYTES = 8 << 20  # one block of scores: it stays in the last-level cache between the product and its use
 
 
 # ---------------------------------------------------------------- references: the definitions, with every option
@@ -18,6 +33,151 @@ def pairwise_cost_reference(x: Tensor, y: Tensor, *, p: int) -> Tensor:
     dtype = compute_dtype(x, y)
     difference = x.to(dtype).unsqueeze(-2) - y.to(dtype).unsqueeze(-3)  # [..., N, M, C]
     return (difference.abs() if p == 1 else difference.square()).sum(-1)
+
+
+def pairwise_infonce_reference(
+    x: Tensor,
+    y: Tensor,
+    *,
+    tau: float,
+    similarity: str = "cosine",
+    positive: Tensor | None = None,
+    exclude_self: bool = False,
+) -> Tensor:
+    """The InfoNCE rows of this module in plain torch, from the whole score table."""
+    x, y = _operands(x, y, similarity)
+    scores = x @ y.T / tau  # [N, M]
+    own = torch.arange(len(x), device=x.device)
+    denominator = scores
+    if exclude_self:
+        denominator = torch.where(own.unsqueeze(1) == torch.arange(len(y), device=y.device), -torch.inf, scores)
+    index = own if positive is None else positive.long()
+    return denominator.logsumexp(-1) - scores.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def _operands(x: Tensor, y: Tensor, similarity: str) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x, y)
+    x, y = x.to(dtype), y.to(dtype)
+    if similarity == "cosine":
+        x, y = F.normalize(x, dim=-1, eps=NORM_FLOOR), F.normalize(y, dim=-1, eps=NORM_FLOOR)
+    return x, y
+
+
+# ---------------------------------------------------------------- registration
+lib.define(
+    "infonce_rows(Tensor x, Tensor y, Tensor positive, float scale, bool exclude_self, bool need_x) -> (Tensor, Tensor, Tensor)"
+)
+lib.define(
+    "infonce_rows_backward(Tensor grad_rows, Tensor x, Tensor y, Tensor positive, Tensor lse, float scale, "
+    "bool exclude_self) -> Tensor"
+)
+
+
+@torch.library.register_fake("kdfast::infonce_rows")
+def _(x, y, positive, scale, exclude_self, need_x):
+    rows = x.new_empty(x.shape[:1])
+    return rows, torch.empty_like(rows), x.new_empty(x.shape if need_x else (0,))
+
+
+@torch.library.register_fake("kdfast::infonce_rows_backward")
+def _(grad_rows, x, y, positive, lse, scale, exclude_self):
+    return y.new_empty(y.shape)
+
+
+def row_blocks(rows: int, columns: int, itemsize: int) -> list[tuple[int, int]]:
+    """Cuts rows so that a [block, columns] table fits BLOCK_BYTES. It depends on the shapes alone."""
+    step = max(16, BLOCK_BYTES // max(columns * itemsize, 1))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _score_block(x: Tensor, y: Tensor, buffer: Tensor, start: int, stop: int, scale: float, exclude_self: bool):
+    """scale * x[start:stop] y^T in the buffer, and the same with the own column at -inf if it is excluded."""
+    scores = torch.mm(x[start:stop], y.T, out=buffer[: stop - start]).mul_(scale)
+    if exclude_self:
+        scores[:, start:].fill_diagonal_(-torch.inf)
+    return scores
+
+
+@torch.library.impl(lib, "infonce_rows", "CPU")
+def _infonce_rows_cpu(x, y, positive, scale, exclude_self, need_x):
+    n, m = len(x), len(y)
+    lse, rows = x.new_empty(n), x.new_empty(n)
+    unit = x.new_empty(x.shape if need_x else (0,))  # dl_i/dx_i
+    blocks = row_blocks(n, m, x.element_size())
+    buffer = x.new_empty(blocks[0][1] if blocks else 0, m)
+    for start, stop in blocks:
+        scores = _score_block(x, y, buffer, start, stop, scale, exclude_self)
+        index = positive[start:stop].unsqueeze(1)
+        at_positive = scores.gather(1, index).squeeze(1)
+        top = scores.amax(1, keepdim=True)
+        mass = scores.sub_(top).exp_().sum(1)
+        torch.add(mass.log(), top.squeeze(1), out=lse[start:stop])
+        torch.sub(lse[start:stop], at_positive, out=rows[start:stop])
+        if need_x:
+            scores.mul_((scale / mass).unsqueeze(1))
+            scores.scatter_add_(1, index, scores.new_full((), -scale).expand(stop - start, 1))
+            torch.mm(scores, y, out=unit[start:stop])
+    return rows, lse, unit
+
+
+@torch.library.impl(lib, "infonce_rows_backward", "CPU")
+def _infonce_rows_backward_cpu(grad_rows, x, y, positive, lse, scale, exclude_self):
+    n, m = len(x), len(y)
+    grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format)
+    blocks = row_blocks(n, m, x.element_size())
+    buffer = x.new_empty(blocks[0][1] if blocks else 0, m)
+    for start, stop in blocks:
+        scores = _score_block(x, y, buffer, start, stop, scale, exclude_self)
+        factor = (grad_rows[start:stop] * scale).unsqueeze(1)
+        scores.sub_(lse[start:stop].unsqueeze(1)).exp_().mul_(factor)
+        scores.scatter_add_(1, positive[start:stop].unsqueeze(1), -factor)
+        grad_y.addmm_(scores.T, x[start:stop])
+    return grad_y
+
+
+_infonce_op = torch.ops.kdfast.infonce_rows.default
+_infonce_backward_op = torch.ops.kdfast.infonce_rows_backward.default
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, positive, scale, exclude_self):
+        output = _infonce_op(x, y, positive, scale, exclude_self, ctx.needs_input_grad[0])
+        _InfoNCE._save(ctx, x, y, positive, scale, exclude_self, output)
+        return output[0]
+
+    @staticmethod
+    def _save(ctx, x, y, positive, scale, exclude_self, output):
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(output[2], x, y, positive, output[1])
+        else:
+            ctx.save_for_backward(output[2])
+        ctx.options = (scale, exclude_self)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_rows):
+        unit, *rest = ctx.saved_tensors
+        need_x, need_y = ctx.needs_input_grad[:2]
+        grad_y = _infonce_backward_op(grad_rows, *rest, *ctx.options) if need_y else None
+        return grad_rows.unsqueeze(1) * unit if need_x else None, grad_y, None, None, None
+
+
+class _InfoNCETransform(torch.autograd.Function):
+    """`_InfoNCE` in the form torch.func transforms ask for."""
+
+    @staticmethod
+    def forward(x, y, positive, scale, exclude_self):
+        return _infonce_op(x, y, positive, scale, exclude_self, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _InfoNCE._save(ctx, *inputs, output)
+        ctx.mark_non_differentiable(output[1], output[2])
+
+    @staticmethod
+    def backward(ctx, grad_rows, *_):
+        return _InfoNCE.backward(ctx, grad_rows)
 
 
 # ---------------------------------------------------------------- public
@@ -41,6 +201,77 @@ def pairwise_cost(x: Tensor, y: Tensor, *, p: int, backend: str | None = None) -
     if p not in (1, 2) or isinstance(p, bool):
         raise ValueError(f"p: expected 1 or 2, got {p!r}")
     return pairwise_cost_reference(x, y, p=p)
+
+
+def pairwise_infonce(
+    x: Tensor,
+    y: Tensor,
+    *,
+    tau: float,
+    similarity: str = "cosine",
+    positive: Tensor | None = None,
+    exclude_self: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE of every row of x against all rows of y: -log of the softmax at the positive.
+
+        l_i = log sum_j exp(s_ij / tau) - s_{i,p_i} / tau        s_ij = cos(x_i, y_j) or <x_i, y_j>
+
+    Args:
+        x: [N, D]. y: [M, D], of one device; float16, bfloat16, float32 or float64.
+        tau: temperature > 0. similarity: "cosine" (norms floored at 1e-12) or "dot".
+        positive: [N] integers in [0, M), the column of each row's positive; default p_i = i, which needs M >= N.
+        exclude_self: leave column i out of row i's sum, for x against itself (NT-Xent); the positive must then be another.
+        backend: "cpu", "reference" or None for the best that can run.
+    Returns:
+        [N], float32 (float64 for float64 input). With one column and without exclude_self exactly 0.
+    Differentiable in x and y, once; `backend="reference"` gives every derivative. At no time is an [N, M] table kept.
+    Raises:
+        ValueError: unequal D, tau <= 0, positives out of range (on the CPU), M < N without positives.
+    Source: the global term of TRG (arXiv 2306.12442); with exclude_self the contrastive term of KD^3 (arXiv 2307.11469).
+
+    >>> rows = pairwise_infonce(projected_student, teacher.detach(), tau=0.1)
+    """
+    _check_points(x, y)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [N, D], got {tuple(x.shape)}")
+    check_number("tau", tau, low=0.0, open_low=True)
+    check_choice("similarity", similarity, SIMILARITIES)
+    if positive is None:
+        if len(y) < len(x):
+            raise ValueError(f"y: expected at least the {len(x)} rows of x when no positive is given, got {len(y)}")
+        if exclude_self:
+            raise ValueError("positive: expected the column of each positive, got None with exclude_self=True")
+    else:
+        check_labels(positive, x.shape[:1], x.device, "positive")
+        if positive.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_positive(positive, len(y), exclude_self)
+    if _choose_infonce(x, y, backend) == "reference":
+        return pairwise_infonce_reference(
+            x, y, tau=tau, similarity=similarity, positive=positive, exclude_self=exclude_self
+        )
+    x, y = _operands(x, y, similarity)
+    positive = torch.arange(len(x), device=x.device) if positive is None else positive.long()
+    if transforms_active():
+        return _InfoNCETransform.apply(x, y, positive, 1.0 / tau, exclude_self)[0]
+    return _InfoNCE.apply(x, y, positive, 1.0 / tau, exclude_self)
+
+
+def _check_positive(positive: Tensor, columns: int, exclude_self: bool) -> None:
+    if type(positive) is not Tensor or positive.numel() == 0:
+        return  # a fake tensor has no values
+    low, high = positive.aminmax()
+    if low < 0 or high >= columns:
+        raise ValueError(f"positive: expected integers in [0, {columns}), got {int(low)} to {int(high)}")
+    if exclude_self and bool((positive == torch.arange(len(positive))).any()):
+        raise ValueError("positive: expected another column than the row's own with exclude_self=True")
+
+
+def _choose_infonce(x: Tensor, y: Tensor, backend: str | None) -> str:
+    def cpu() -> str | None:
+        return None if x.device.type in ("cpu", "meta") else f"the tensors are on {x.device}"
+
+    return choose("pairwise_infonce", backend, {"cpu": cpu}, (x, y))
 
 
 def _check_points(x: Tensor, y: Tensor) -> None:

@@ -1,13 +1,25 @@
-"""Costs between all pairs: hand-made tables, torch.cdist as an outside oracle, gradients at ties, errors."""
+"""All pairs: costs, InfoNCE and MMD against hand-made tables, outside oracles, the float64 reference and finite differences."""
+
+import math
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from kdfast.ops import pairwise_cost
+from kdfast.ops import (
+    mmd_bandwidths,
+    pairwise_cost,
+    pairwise_infonce,
+    pairwise_infonce_reference,
+    pairwise_mmd,
+    pairwise_mmd_reference,
+)
 
 F64 = torch.float64
 
 
+# ---------------------------------------------------------------- cost
 def test_cost_table_by_hand():
     x = torch.tensor([[0.0, 0.0], [1.0, -2.0]], dtype=F64)
     y = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, -2.0]], dtype=F64)
@@ -52,3 +64,174 @@ def test_cost_gradcheck(p):
 def test_cost_bad_input(x, y, p, message):
     with pytest.raises(ValueError, match=message):
         pairwise_cost(torch.zeros(x), torch.zeros(y), p=p)
+
+
+# ---------------------------------------------------------------- InfoNCE
+def random_pair(n, m, d, dtype=F64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(n, d, generator=g, dtype=F64).to(dtype).requires_grad_() for n in (n, m))
+
+
+def test_infonce_is_cross_entropy_of_the_score_table():
+    x, y = random_pair(5, 7, 3)
+    scores = F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
+    want = F.cross_entropy(scores / 0.2, torch.arange(5), reduction="none")
+    torch.testing.assert_close(pairwise_infonce(x, y, tau=0.2), want, rtol=1e-12, atol=1e-12)
+
+
+def test_infonce_by_hand():
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=F64)
+    rows = pairwise_infonce(x, x, tau=0.5, similarity="dot")
+    torch.testing.assert_close(rows, torch.tensor([math.log1p(math.exp(-2)), math.log1p(math.exp(-8))], dtype=F64))
+    # Without its own column each row has one candidate left, the positive: exactly 0.
+    assert pairwise_infonce(x, x, tau=0.5, positive=torch.tensor([1, 0]), exclude_self=True).tolist() == [0, 0]
+    assert pairwise_infonce(x[:1], x[:1], tau=0.5).tolist() == [0]
+
+
+OPTIONS = {
+    "cosine": dict(tau=0.3),
+    "dot": dict(tau=2.0, similarity="dot"),
+    "positive": dict(tau=0.5, positive=torch.tensor([3, 3, 0, 1])),
+    "exclude_self": dict(tau=0.5, positive=torch.tensor([3, 2, 0, 1]), exclude_self=True),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_infonce_gradcheck(options):
+    x, y = random_pair(4, 5, 3)
+    assert torch.autograd.gradcheck(lambda a, b: pairwise_infonce(a, b, **options), (x, y))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_infonce_equals_the_reference(options, blocks, monkeypatch):
+    if blocks > 1:  # several row blocks, the last one short
+        monkeypatch.setattr("kdfast.ops.pairwise.row_blocks", lambda n, m, size: [(0, 2), (2, 3), (3, 4)])
+    up = torch.tensor([3.0, 0.0, -1.0, 0.5], dtype=F64)
+    results = []
+    for backend in ("cpu", "reference"):
+        x, y = random_pair(4, 6, 5, seed=3)
+        rows = pairwise_infonce(x, y, backend=backend, **options)
+        (rows * up).sum().backward()
+        results.append((rows, x.grad, y.grad))
+    assert float(results[0][0].detach().abs().max()) > 0.1
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
+
+
+def test_infonce_row_blocks_cut_large_tables():
+    from kdfast.ops.pairwise import BLOCK_BYTES, row_blocks
+
+    blocks = row_blocks(10_000, 50_000, 4)
+    assert blocks[0][0] == 0 and blocks[-1][1] == 10_000
+    assert all(a[1] == b[0] for a, b in pairwise(blocks))
+    assert all((stop - start) * 50_000 * 4 <= BLOCK_BYTES for start, stop in blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_infonce_error_budget(dtype):
+    """Truth: the float64 reference on the same (rounded) inputs. The op may err as the same-dtype reference, plus a floor."""
+    x, y = random_pair(64, 96, 32, dtype=dtype, seed=5)
+    truth = pairwise_infonce_reference(x.double(), y.double(), tau=0.1)
+    rows = pairwise_infonce(x, y, tau=0.1)
+    assert rows.dtype == torch.float32
+    reference = pairwise_infonce_reference(x, y, tau=0.1)
+    floor = 2e-6 * truth.abs().max()
+    assert bool(((rows - truth).abs() <= (reference - truth).abs() + floor).all())
+    rows.sum().backward()
+    assert x.grad.dtype == dtype and bool(x.grad.isfinite().all()) and float(x.grad.abs().max()) > 0
+
+
+def test_infonce_one_gradient_and_second_derivative():
+    x, y = random_pair(4, 4, 3)
+    rows = pairwise_infonce(x, y.detach(), tau=0.5)
+    (grad,) = torch.autograd.grad(rows.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="pass backend='reference'"):
+        grad.sum().backward()
+    reference = pairwise_infonce(x, y.detach(), tau=0.5, backend="reference")
+    (grad,) = torch.autograd.grad(reference.sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert x.grad is not None
+
+
+def test_infonce_nan_stays_in_its_row():
+    x, y = random_pair(3, 3, 4)
+    with torch.no_grad():
+        x[1, 0] = math.nan
+    rows = pairwise_infonce(x, y, tau=0.5)
+    assert rows.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "n, m, options, message",
+    [
+        (3, 2, {}, "y: expected at least the 3 rows of x"),
+        (3, 3, {"tau": 0.0}, "tau: expected a finite number"),
+        (3, 3, {"similarity": "l2"}, "similarity: expected one of cosine, dot"),
+        (3, 3, {"positive": torch.tensor([0, 1, 3])}, r"positive: expected integers in \[0, 3\), got 0 to 3"),
+        (3, 3, {"positive": torch.tensor([0, 1])}, "positive: expected shape"),
+        (3, 3, {"exclude_self": True}, "positive: expected the column of each positive"),
+        (3, 3, {"exclude_self": True, "positive": torch.tensor([1, 1, 0])}, "another column than the row's own"),
+        (3, 3, {"backend": "triton"}, "no triton backend"),
+    ],
+)
+def test_infonce_bad_input(n, m, options, message):
+    with pytest.raises(ValueError, match=message):
+        pairwise_infonce(torch.randn(n, 4), torch.randn(m, 4), **{"tau": 0.5, **options})
+
+
+# ---------------------------------------------------------------- MMD
+def test_mmd_by_hand():
+    x, y = torch.tensor([[0.0]], dtype=F64), torch.tensor([[1.0]], dtype=F64)
+    assert mmd_bandwidths(x, y, num_kernels=3).tolist() == [0.5, 1, 2]  # mean squared distance 1
+    assert mmd_bandwidths(x, y, num_kernels=1, sigma=1.68).tolist() == [1.68]
+    assert mmd_bandwidths(x, x, num_kernels=2).tolist() == [5e-13, 1e-12]  # all rows equal: the floor
+    torch.testing.assert_close(
+        pairwise_mmd(x, y, bandwidths=[2.0]), torch.tensor(2 - 2 * math.exp(-0.5), dtype=F64), rtol=1e-14, atol=0
+    )
+
+
+def test_mmd_bandwidth_is_the_mean_squared_distance_far_from_the_origin():
+    torch.manual_seed(2)
+    x, y = torch.randn(6, 3, dtype=F64) + 1e6, torch.randn(5, 3, dtype=F64) + 1e6
+    joint = torch.cat((x, y))
+    want = torch.cdist(joint, joint, compute_mode="donot_use_mm_for_euclid_dist").square().sum() / (11 * 10)
+    torch.testing.assert_close(mmd_bandwidths(x, y, num_kernels=1)[0], want, rtol=1e-9, atol=0)
+
+
+ESTIMATORS = [("full", 5, 4), ("unbiased", 5, 4), ("linear", 5, 5), ("regulariser", 5, 4), ("regulariser", 3, 6)]
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("estimator, n, m", ESTIMATORS)
+def test_mmd_equals_the_reference(estimator, n, m, corrected):
+    options = dict(bandwidths=[0.5, 2.0], estimator=estimator, corrected=corrected)
+    results = []
+    for function in (pairwise_mmd, pairwise_mmd_reference):
+        x, y = random_pair(n, m, 3, seed=4)
+        value = function(x, y, **options)
+        value.backward()
+        results.append((value, x.grad, y.grad))
+    assert float(results[0][0].detach().abs()) > 1e-3
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-13)
+
+
+def test_mmd_full_through_several_blocks(monkeypatch):
+    x, y = random_pair(5, 4, 3, seed=4)
+    want = pairwise_mmd(x, y, bandwidths=[1.0])
+    monkeypatch.setattr("kdfast.ops.mmd.row_blocks", lambda n, m, size: [(0, 3), (3, n)])
+    torch.testing.assert_close(pairwise_mmd(x, y, bandwidths=[1.0]), want, rtol=1e-13, atol=0)
+    assert pairwise_mmd(x, x, bandwidths=[1.0]).item() == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bandwidths": []}, "bandwidths: expected at least one"),
+        ({"bandwidths": [0.0]}, "bandwidths: expected a finite number"),
+        ({"estimator": "linear"}, "expected the 3 rows of x for estimator='linear', got 2"),
+        ({"estimator": "median"}, "estimator: expected one of"),
+    ],
+)
+def test_mmd_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        pairwise_mmd(torch.randn(3, 2), torch.randn(2, 2), **{"bandwidths": [1.0], **options})

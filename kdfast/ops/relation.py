@@ -1,0 +1,399 @@
+"""Relations inside a set of tokens: how the N tokens of one model see each other, compared with the other model.
+
+    s_ij = scale <x_i, x_j>  or  scale cos(x_i, x_j)            the scores of one model, [N, N], from its own tokens
+
+    relation_mse   rows_i = sum_j (R_ij - R'_ij)^2              R = s ("gram") or softmax_j(s_i) ("softmax")
+    relation_kl    rows_i = D(softmax_j(s_i / T), softmax_j(s'_i / T))      D: a kind of `kdfast.ops.divergence`
+
+Masked tokens are left out as rows (0) and as columns; diagonal=False leaves out j = i; a row without columns is 0.
+With G = dL/ds the gradient is scale (G + G^T) x, for both ends of a pair move:
+
+    gram      G = 2 w_i (R - R')        softmax     G = 2 w_i (R E - R <R, E>), E = R - R'        w_i: the row's weight
+
+Fused, a block of both score tables is made by torch.bmm, compared while it is in cache and turned into G in its place; only
+tokens and rows are kept. The weighted sum (`row_weight`) stores its gradient in the forward pass, so it needs no more
+products than eager does; rows with an upstream factor of their own make the scores again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdfast._checks import check_choice, check_number, check_pair, check_row_tensor
+from kdfast._dispatch import choose, core_reason
+from kdfast._library import compute_dtype, first_derivative_only, lib, scale_gradient, transforms_active
+from kdfast.ops.divergence import KINDS, divergence_reference
+from kdfast.ops.pairwise import BLOCK_BYTES, NORM_FLOOR, SIMILARITIES, row_blocks
+
+MSE_RELATIONS = ("softmax", "gram")
+KL_KINDS = tuple(kind for kind in KINDS if kind not in ("dkd", "binary"))
+
+
+# ---------------------------------------------------------------- references: the definitions, with every option
+def relation_mse_reference(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    relation: str = "softmax",
+    similarity: str = "dot",
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    diagonal: bool = True,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """`relation_mse` in plain torch, from both whole score tables."""
+    default = scale if scale is not None or (relation == "softmax" and similarity == "dot") else 1.0
+    keep = _kept_pairs(student, mask, diagonal)
+    tables = []
+    for tokens in (student, teacher):
+        scores = _scores(tokens, compute_dtype(student, teacher), similarity, default, mask)
+        if relation == "softmax":
+            some = keep.any(-1, keepdim=True)  # a row without columns would be 0 / 0
+            scores = torch.where(keep, scores, torch.where(some, -torch.inf, 0.0)).softmax(-1)
+        tables.append(torch.where(keep, scores, 0.0))
+    rows = (tables[0] - tables[1]).square().sum(-1)
+    return _weighted(rows, mask, row_weight)
+
+
+def relation_kl_reference(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    similarity: str = "dot",
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    diagonal: bool = True,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """`relation_kl` in plain torch, from both whole score tables."""
+    default = scale if scale is not None or similarity == "dot" else 1.0
+    keep = _kept_pairs(student, mask, diagonal)
+    tables = [
+        torch.where(keep, _scores(tokens, compute_dtype(student, teacher), similarity, default, mask), -torch.inf)
+        for tokens in (student, teacher)
+    ]
+    rows = divergence_reference(tables[0], tables[1], kind=kind, beta=beta, temperature=temperature)
+    return _weighted(rows, mask, row_weight)
+
+
+def _prepare(tokens: Tensor, dtype: torch.dtype, similarity: str, mask: Tensor | None) -> Tensor:
+    """Tokens as the products take them: wide enough, zero where masked (NaN may stand there), of length 1 for cosines."""
+    tokens = tokens.to(dtype)
+    if mask is not None:
+        tokens = torch.where(mask.unsqueeze(-1), tokens, 0.0)
+    return F.normalize(tokens, dim=-1, eps=NORM_FLOOR) if similarity == "cosine" else tokens
+
+
+def _scale_of(tokens: Tensor, scale: float | None) -> float:
+    return tokens.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _scores(tokens: Tensor, dtype: torch.dtype, similarity: str, scale: float | None, mask: Tensor | None) -> Tensor:
+    x = _prepare(tokens, dtype, similarity, mask)
+    return x @ x.mT * _scale_of(tokens, scale)  # [..., N, N]
+
+
+def _kept_pairs(tokens: Tensor, mask: Tensor | None, diagonal: bool) -> Tensor:
+    n = tokens.shape[-2]
+    keep = torch.ones(n, n, dtype=torch.bool, device=tokens.device)
+    if not diagonal:
+        keep = keep.logical_xor(torch.eye(n, dtype=torch.bool, device=tokens.device))
+    return keep if mask is None else keep & mask.unsqueeze(-2)
+
+
+def _weighted(rows: Tensor, mask: Tensor | None, row_weight: Tensor | None) -> Tensor:
+    if mask is not None:
+        rows = torch.where(mask, rows, 0.0)
+    return rows if row_weight is None else (rows * row_weight.to(rows.dtype)).sum()
+
+
+# ---------------------------------------------------------------- registration
+# compare: "gram", "softmax" or a divergence kind. One op serves all: rows without weights, and with weights w also the
+# gradient of sum_i w_i rows_i for the sides asked for.
+lib.define(
+    "relation(Tensor student, Tensor teacher, Tensor? mask, Tensor? row_weight, str compare, float beta, float temperature, "
+    "float student_scale, float teacher_scale, bool diagonal, bool need_student, bool need_teacher) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _gradient_like(tokens: Tensor, needed: bool) -> Tensor:
+    return tokens.new_empty(tokens.shape if needed else (0,))
+
+
+@torch.library.register_fake("kdfast::relation")
+def _(student, teacher, mask, row_weight, compare, beta, temperature, student_scale, teacher_scale, diagonal,
+      need_student, need_teacher):  # fmt: skip
+    rows = student.new_empty(student.shape[:2])
+    return rows, _gradient_like(student, need_student), _gradient_like(teacher, need_teacher)
+
+
+@torch.library.impl(lib, "relation", "CPU")
+def _relation_cpu(student, teacher, mask, row_weight, compare, beta, temperature, student_scale, teacher_scale, diagonal,
+                  need_student, need_teacher):  # fmt: skip
+    sets, n = student.shape[:2]
+    rows = student.new_empty(sets, n)
+    grads = tuple(_gradient_like(x, need).zero_() for x, need in ((student, need_student), (teacher, need_teacher)))
+    fill = 0.0 if compare == "gram" else -torch.inf
+    for b0, b1, r0, r1 in _blocks(sets, n, student.element_size()):
+        tables = []
+        for tokens, scale in ((student, student_scale), (teacher, teacher_scale)):
+            table = torch.bmm(tokens[b0:b1, r0:r1], tokens[b0:b1].mT).mul_(scale)  # [b, r, N]
+            if mask is not None:
+                table.masked_fill_(~mask[b0:b1].unsqueeze(1), fill)
+            if not diagonal:
+                table[:, :, r0:].diagonal(dim1=1, dim2=2).fill_(fill)
+            tables.append(table)
+        weight = None if row_weight is None else row_weight[b0:b1, r0:r1]
+        needs = (need_student, need_teacher)
+        if compare == "gram":
+            block_rows, block_grads = _gram_block(*tables, weight, *needs)
+        elif compare == "softmax":
+            block_rows, block_grads = _softmax_block(*tables, weight, *needs)
+        else:
+            block_rows, block_grads = _divergence_block(*tables, weight, *needs, compare, beta, temperature)
+        rows[b0:b1, r0:r1] = block_rows
+        sides = zip((student, teacher), (student_scale, teacher_scale), grads, block_grads)
+        for tokens, scale, grad, table_grad in sides:
+            if table_grad is not None:
+                _add_token_gradient(grad[b0:b1], table_grad, tokens[b0:b1], scale, r0, r1)
+    if mask is not None:
+        rows.masked_fill_(~mask, 0.0)
+    return rows, *grads
+
+
+def _blocks(sets: int, n: int, itemsize: int) -> list[tuple[int, int, int, int]]:
+    """(first set, last set, first row, last row): several small sets in one block, or one large set in several."""
+    per_block = BLOCK_BYTES // max(n * n * itemsize, 1)
+    if per_block >= 1:
+        return [(b, min(b + per_block, sets), 0, n) for b in range(0, sets, per_block)]
+    return [(b, b + 1, r0, r1) for b in range(sets) for r0, r1 in row_blocks(n, n, itemsize)]
+
+
+def _add_token_gradient(grad: Tensor, g: Tensor, x: Tensor, scale: float, r0: int, r1: int) -> None:
+    """grad += scale (G + G^T) x for the rows r0..r1 of G."""
+    if r1 - r0 == x.shape[1]:
+        grad.baddbmm_(g + g.mT, x, alpha=scale)
+        return
+    grad[:, r0:r1].baddbmm_(g, x, alpha=scale)
+    grad.baddbmm_(g.mT, x[:, r0:r1], alpha=scale)
+
+
+def _gram_block(s: Tensor, t: Tensor, weight: Tensor | None, need_student: bool, need_teacher: bool):
+    rows = torch.linalg.vector_norm(s.sub_(t), dim=-1).square_()
+    if not (need_student or need_teacher):
+        return rows, (None, None)
+    g = s.mul_(2 * weight.unsqueeze(-1))
+    return rows, (g if need_student else None, -g if need_teacher else None)
+
+
+def _softmax_block(s: Tensor, t: Tensor, weight: Tensor | None, need_student: bool, need_teacher: bool):
+    for table in (s, t):
+        # A row of only -inf (no column left) becomes zeros, not NaN; NaN tokens stay NaN.
+        top = table.amax(-1, keepdim=True)
+        table.sub_(top.masked_fill_(top == -torch.inf, 0.0)).exp_()
+        mass = table.sum(-1, keepdim=True)
+        table.div_(mass.masked_fill_(mass == 0, 1.0))
+    e = s - t
+    rows = torch.linalg.vector_norm(e, dim=-1).square_()
+    if not (need_student or need_teacher):
+        return rows, (None, None)
+    grads: list[Tensor | None] = []
+    for table, need, sign in ((s, need_student, 2.0), (t, need_teacher, -2.0)):
+        if not need:
+            grads.append(None)
+            continue
+        inner = torch.linalg.vecdot(table, e).unsqueeze(-1)  # <R, E>
+        grads.append(table.mul_(e - inner).mul_(sign * weight.unsqueeze(-1)))
+    return rows, tuple(grads)
+
+
+def _divergence_block(s, t, weight, need_student, need_teacher, kind, beta, temperature):
+    options = (kind, beta, 0.0, temperature, s.shape[-1], s.dim() - 1)
+    rows, stats = torch.ops.kdfast.divergence_rows(s, t, None, None, *options)
+    if not (need_student or need_teacher):
+        return rows, (None, None)
+    grads = torch.ops.kdfast.divergence_rows_backward(
+        weight.contiguous(), s, t, stats, None, None, *options, need_student, need_teacher
+    )
+    return rows, tuple(g if need else None for g, need in zip(grads, (need_student, need_teacher)))
+
+
+_relation_op = torch.ops.kdfast.relation.default
+
+
+class _Rows(torch.autograd.Function):
+    """Rows: the backward calls the same op with the upstream gradient as weights."""
+
+    @staticmethod
+    def forward(student, teacher, mask, options):
+        return _relation_op(student, teacher, mask, None, *options, False, False)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        student, teacher, mask, ctx.options = inputs
+        ctx.save_for_backward(student, teacher, mask)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_rows):
+        student, teacher, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if mask is not None:
+            grad_rows = grad_rows.masked_fill(~mask, 0.0)
+        _, *grads = _relation_op(student, teacher, mask, grad_rows.contiguous(), *ctx.options, *needs)
+        return grads[0] if needs[0] else None, grads[1] if needs[1] else None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The weighted sum: the forward already stores the final gradient."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, mask, row_weight, options):
+        needs = ctx.needs_input_grad[:2]
+        rows, *grads = _relation_op(student, teacher, mask, row_weight, *options, *needs)
+        ctx.save_for_backward(*grads)
+        return (rows * row_weight).sum()
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_loss):
+        sides = zip(ctx.saved_tensors, ctx.needs_input_grad[:2])
+        return *(scale_gradient(grad, grad_loss) if need else None for grad, need in sides), None, None, None
+
+
+def _fused(student, teacher, mask, row_weight, similarity, scale, compare, beta, temperature, diagonal) -> Tensor:
+    dtype = compute_dtype(student, teacher)
+    shape = student.shape[:-1]
+    x, z = (
+        _prepare(tokens, dtype, similarity, mask).reshape(-1, *tokens.shape[-2:]).contiguous()
+        for tokens in (student, teacher)
+    )
+    mask = None if mask is None else mask.reshape(-1, shape[-1])
+    options = (compare, beta, temperature, _scale_of(student, scale), _scale_of(teacher, scale), diagonal)
+    if row_weight is None or transforms_active():
+        rows = _Rows.apply(x, z, mask, options).reshape(shape)
+        return rows if row_weight is None else (rows * row_weight).sum()
+    weight = row_weight.to(dtype).reshape(-1, shape[-1])
+    if mask is not None:
+        weight = torch.where(mask, weight, 0.0)
+    return _Sum.apply(x, z, mask, weight.contiguous(), options)
+
+
+# ---------------------------------------------------------------- public
+def relation_mse(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    relation: str = "softmax",
+    similarity: str = "dot",
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    diagonal: bool = True,
+    row_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Squared difference of the two models' token relations, one row per token; equations at the top of this module.
+
+    Args:
+        student: [..., N, Ds], teacher: [..., N, Dt]: the same tokens in the same order; widths may differ.
+        relation: "softmax" compares softmax_j(s_i), "gram" the scores themselves.
+        similarity: "dot" or "cosine" (norms floored at 1e-12).
+        scale: factor of the scores; None means 1/sqrt(D) of each model for softmax of dot products, 1 otherwise.
+        mask: [..., N] bool, True = keep the token (as row and as column). diagonal: compare a token with itself too.
+        row_weight: [..., N]; the result is then the scalar sum of weight * row.
+        backend: "cpu", "reference" or None for the best that can run.
+    Returns:
+        float32 rows [..., N] (float64 for float64 input): sums over j, 0 for masked tokens; or their weighted sum.
+    Differentiable in student and teacher, once; `backend="reference"` gives every derivative, also for row_weight.
+    Source: TRG's contextual term (arXiv 2306.12442), MGD's region term (2208.10169), OADP's block relations (2303.05892).
+
+    >>> loss = relation_mse(student, teacher).mean() / student.shape[1]         # TRG's mean over B N N pairs
+    """
+    check_choice("relation", relation, MSE_RELATIONS)
+    _check(student, teacher, similarity, scale, mask, row_weight)
+    if _choose("relation_mse", student, row_weight, None, backend) == "reference":
+        return relation_mse_reference(
+            student, teacher, relation=relation, similarity=similarity, scale=scale, mask=mask, diagonal=diagonal,
+            row_weight=row_weight,
+        )  # fmt: skip
+    if scale is None and not (relation == "softmax" and similarity == "dot"):
+        scale = 1.0
+    return _fused(student, teacher, mask, row_weight, similarity, scale, relation, 0.0, 1.0, diagonal)
+
+
+def relation_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    similarity: str = "dot",
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    diagonal: bool = True,
+    row_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence of the two models' softmax relations, one row per token; equations at the top of this module.
+
+    Args:
+        kind, beta, temperature: as in `kdfast.ops.divergence`, except "dkd" and "binary"; forward_kl is KL(teacher || student).
+        scale: factor of the scores; None means 1/sqrt(D) of each model for dot products, 1 for cosines.
+        Others, shapes and derivatives: as in `relation_mse`.
+    Returns:
+        float32 rows [..., N] (float64 for float64 input), 0 for masked tokens; or their weighted sum.
+    Source: attention-relation distillation in the manner of MiniLMv2 (Wang et al. 2021, eq. 4), with dot products over sqrt(D).
+
+    >>> rows = relation_kl(student, teacher, similarity="cosine", temperature=0.1, diagonal=False)
+    """
+    check_choice("kind", kind, KL_KINDS)
+    check_number("beta", beta)
+    check_number("temperature", temperature, low=0.0, open_low=True)
+    _check(student, teacher, similarity, scale, mask, row_weight)
+    if _choose("relation_kl", student, row_weight, core_reason(), backend) == "reference":
+        return relation_kl_reference(
+            student, teacher, kind=kind, beta=beta, temperature=temperature, similarity=similarity, scale=scale, mask=mask,
+            diagonal=diagonal, row_weight=row_weight,
+        )  # fmt: skip
+    scale = 1.0 if scale is None and similarity == "cosine" else scale
+    return _fused(
+        student, teacher, mask, row_weight, similarity, scale, kind, float(beta), float(temperature), diagonal
+    )
+
+
+def _check(student, teacher, similarity, scale, mask, row_weight) -> None:
+    check_pair(student, teacher)
+    if student.dim() < 2 or student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher: expected the [..., N] of student (at least 2 dimensions), got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if student.shape[-1] == 0 or teacher.shape[-1] == 0:
+        raise ValueError(f"student, teacher: expected width >= 1, got {student.shape[-1]} and {teacher.shape[-1]}")
+    check_choice("similarity", similarity, SIMILARITIES)
+    if scale is not None:
+        check_number("scale", scale)
+    if mask is not None:
+        check_row_tensor("mask", mask, student.shape[:-1], student.device)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected bool (True = keep), got {mask.dtype}")
+    if row_weight is not None:
+        check_row_tensor("row_weight", row_weight, student.shape[:-1], student.device)
+
+
+def _choose(op: str, student: Tensor, row_weight: Tensor | None, why: str | None, backend: str | None) -> str:
+    def cpu() -> str | None:
+        if why is not None:
+            return why
+        if student.device.type not in ("cpu", "meta"):
+            return f"the tensors are on {student.device}"
+        if row_weight is not None and row_weight.requires_grad:
+            return "a gradient for row_weight comes from the reference only"
+        return None
+
+    return choose(op, backend, {"cpu": cpu}, (student,))
