@@ -11,10 +11,41 @@ from kdfast.losses.divergence import (
     kd_loss,
 )
 from kdfast.losses.module import LossModule, LossOutput
+from kdfast.losses.routing import (
+    ImportanceLoadLoss,
+    LoadBalancingLoss,
+    RouterZLoss,
+    UniformKLLoss,
+    importance_load_loss,
+    load_balancing_loss,
+    router_z_loss,
+    uniform_kl_loss,
+    usage_cv_loss,
+)
 from kdfast.losses.sinkhorn import SinkhornDivergence, SinkhornKDLoss, sinkhorn_divergence, sinkhorn_kd_loss
 
 __all__ = [
-    "DKDLoss", "DistillationLoss", "DivergenceLoss", "KDLoss", "LossModule", "LossOutput", "SinkhornDivergence", "SinkhornKDLoss",
-    "distillation_loss", "divergence_loss", "dkd_loss", "kd_loss",
-    "sinkhorn_divergence", "sinkhorn_kd_loss",
-]  # fmt: skip
+    "DKDLoss",
+    "DistillationLoss",
+    "DivergenceLoss",
+    "ImportanceLoadLoss",
+    "KDLoss",
+    "LoadBalancingLoss",
+    "LossModule",
+    "LossOutput",
+    "RouterZLoss",
+    "SinkhornDivergence",
+    "SinkhornKDLoss",
+    "UniformKLLoss",
+    "distillation_loss",
+    "divergence_loss",
+    "dkd_loss",
+    "importance_load_loss",
+    "kd_loss",
+    "load_balancing_loss",
+    "router_z_loss",
+    "sinkhorn_divergence",
+    "sinkhorn_kd_loss",
+    "uniform_kl_loss",
+    "usage_cv_loss",
+]
