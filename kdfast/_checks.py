@@ -48,6 +48,13 @@ def check_number(
     return float(value)
 
 
+def check_dim(tensor: Tensor, dim: int) -> int:
+    """The class axis, counted from the front."""
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise ValueError(f"dim: expected an axis of a {tensor.dim()}-dimensional tensor, got {dim}")
+    return dim % tensor.dim()
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdfast._checks import check_choice, check_number, check_row_tensor
+from kdfast._checks import check_choice, check_dim, check_float_tensor, check_labels, check_number, check_row_tensor
+from kdfast._library import compute_dtype
 from kdfast.losses.module import LossModule, LossOutput
 from kdfast.ops.divergence import cross_entropy_rows, divergence, divergence_total
 
@@ -46,8 +47,7 @@ def divergence_loss(
     >>> divergence_loss(student, teacher, kind="js", beta=0.5, mask=labels != -100)
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    if not teacher_grad:
-        teacher = teacher.detach()
+    teacher = teaching(teacher, teacher_grad)
     if reduction == "none" or isinstance(temperature, Tensor):
         rows = divergence(
             student, teacher, kind=kind, beta=beta, temperature=temperature, labels=labels, vocab_size=vocab_size, dim=dim,
@@ -160,14 +160,14 @@ def distillation_loss(
         Others as in `divergence_loss`.
     Returns:
         LossOutput(loss, {"ce": ..., "kd": ...}); the parts carry T^2 but not the weights, and reduction as asked
-        (the rows of reduction="none" take two passes).
+        (the rows of reduction="none" take two passes). With ce_weight = 0 the cross-entropy is not computed: its part is 0.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_number("ce_weight", ce_weight)
     check_number("kd_weight", kd_weight)
     check_number("label_smoothing", label_smoothing, low=0.0, high=1.0)
-    if not teacher_grad:
-        teacher = teacher.detach()
+    check_labels(labels, row_shape(student, dim), student.device)
+    teacher = teaching(teacher, teacher_grad)
     keep = labels != ignore_index
     keep = keep if mask is None else keep & mask
     if reduction == "none" or isinstance(temperature, Tensor):
@@ -177,6 +177,8 @@ def distillation_loss(
             labels=torch.where(keep, labels, 0) if kind == "dkd" else None, vocab_size=vocab_size, mask=keep, weight=weight,
             teacher_grad=teacher_grad, reduction=reduction, dim=dim, backend=backend,
         )  # fmt: skip
+        if ce_weight == 0:
+            return LossOutput(kd_weight * kd, {"ce": torch.zeros_like(kd), "kd": kd.detach()})
         ce = reduce_rows(
             cross_entropy_rows(student, labels, keep, classes, dim, label_smoothing), keep, weight, reduction
         )
@@ -184,26 +186,39 @@ def distillation_loss(
     t2 = temperature**2 if scale_t2 else 1.0
     row_weight, divisor = row_weights(student, keep, weight, dim, reduction)
     loss, parts = divergence_total(
-        student, teacher, kind=kind, beta=beta, temperature=temperature, labels=labels, vocab_size=vocab_size,
-        row_weight=row_weight, kd_factor=kd_weight * t2 / divisor, ce_factor=ce_weight / divisor,
+        student, teacher, kind=kind, beta=beta, temperature=temperature,
+        labels=labels if ce_weight != 0 or kind == "dkd" else None, vocab_size=vocab_size, row_weight=row_weight,
+        kd_factor=kd_weight * t2 / divisor, ce_factor=ce_weight / divisor,
         label_smoothing=label_smoothing, dim=dim, backend=backend,
     )  # fmt: skip
     return LossOutput(loss, {"ce": parts[1] / divisor, "kd": parts[0] * (t2 / divisor)})
 
 
 # ---------------------------------------------------------------- reduction: one rule for every row loss
+def teaching(teacher: Tensor, teacher_grad: bool) -> Tensor:
+    """The teaching side, without a graph unless asked. What is no tensor passes: the op's error names the argument."""
+    return teacher if teacher_grad or not isinstance(teacher, Tensor) else teacher.detach()
+
+
+def row_shape(student: Tensor, dim: int) -> torch.Size:
+    """The shape of the rows: of the logits without the class axis."""
+    check_float_tensor("student", student)
+    dim = check_dim(student, dim)
+    return student.shape[:dim] + student.shape[dim + 1 :]
+
+
 def row_weights(
     student: Tensor, mask: Tensor | None, weight: Tensor | None, dim: int, reduction: str
 ) -> tuple[Tensor | None, float]:
     """(row weights or None for all 1, divisor): the reduction as weights, made on the device before the kernel runs."""
-    shape = student.shape[:dim] + student.shape[dim:][1:] if dim >= 0 else student.movedim(dim, -1).shape[:-1]
+    shape = row_shape(student, dim)
     rows = max(shape.numel(), 1)
     if mask is None:
         if weight is not None:
             check_row_tensor("weight", weight, shape, student.device)
         return weight, float(rows) if reduction == "mean" else 1.0
     check_mask(mask, shape, student.device)
-    kept = mask.to(torch.float32)
+    kept = mask.to(compute_dtype(student))  # 1 / count in float32 would cost a float64 loss half its digits
     if weight is not None:
         check_row_tensor("weight", weight, shape, student.device)
         kept = torch.where(mask, weight, 0.0)  # a masked row's weight may be anything

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdfast import _core
-from kdfast._checks import check_choice, check_labels, check_number, check_pair, check_row_tensor
+from kdfast._checks import check_choice, check_dim, check_labels, check_number, check_pair, check_row_tensor
 from kdfast._dispatch import choose, core_reason, debugging
 from kdfast._library import compute_dtype, lib, scale_gradient, transforms_active
 
@@ -441,9 +441,12 @@ def divergence_total(
     chosen = _choose(student, teacher, temperature, labels, row_weight, kind, backend)
     if chosen == "reference" or transforms_active():
         backend = chosen
+        target = labels if kind == "dkd" else None
+        if target is not None and row_weight is not None:
+            target = torch.where(row_weight != 0, target, 0)
         kd = divergence(
-            student, teacher, kind=kind, beta=beta, temperature=temperature, labels=labels if kind == "dkd" else None,
-            vocab_size=classes, dim=dim, backend=backend,
+            student, teacher, kind=kind, beta=beta, temperature=temperature, labels=target, vocab_size=classes, dim=dim,
+            backend=backend,
         )  # fmt: skip
         weight = torch.ones_like(kd) if row_weight is None else row_weight.to(kd.dtype)
         kd = (kd * weight).sum()
@@ -476,9 +479,7 @@ def _check(student, teacher, kind, beta, temperature, labels, vocab_size, row_we
         raise ValueError(
             f"teacher: expected as many dimensions as student (at least 1), got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-    if not -student.dim() <= dim < student.dim():
-        raise ValueError(f"dim: expected an axis of a {student.dim()}-dimensional tensor, got {dim}")
-    dim %= student.dim()
+    dim = check_dim(student, dim)
     widths = student.shape[dim], teacher.shape[dim]
     if vocab_size is None:
         classes = widths[0]
