@@ -130,11 +130,6 @@ static void run(DivergenceCall& call) {
   raise_bad(status, call.labels, call.classes);
 }
 
-int64_t divergence_blocks(const DivergenceCall& call) {
-  const int64_t per_block = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, call.classes));
-  return (call.rows.count + per_block - 1) / per_block;
-}
-
 void bind_divergence(py::module_& m) {
   m.def("divergence_rows",
         [](std::uintptr_t s, int s_dtype, const Ints& s_strides, std::uintptr_t t, int t_dtype, const Ints& t_strides, const Ints& shape,
@@ -174,7 +169,7 @@ void bind_divergence(py::module_& m) {
           call.kd_factor = kd_factor;
           call.ce_factor = ce_factor;
           call.label_smoothing = label_smoothing;
-          const int64_t blocks = divergence_blocks(call);
+          const int64_t blocks = KD_CALL(divergence_blocks, call);
           std::vector<double> kd(blocks), ce(blocks);
           call.partial_kd = kd.data();
           call.partial_ce = ce.data();

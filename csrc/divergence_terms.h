@@ -1,6 +1,7 @@
 // The formulas of kdfast.ops.divergence, once for every compiled backend (CPU vectors, CUDA scalars).
 //
-// For one class: lq, lp = log q, log p and d = lp - lq, never NaN (0 where both are -inf). Every kind is an f-divergence
+// For one class: lq, lp = log q, log p and d = lp - lq, which is NaN where both are -inf: every use of d is guarded by a
+// comparison that is false for NaN or by a probability that is 0. Every kind is an f-divergence
 // sum q f(p/q), given by
 //     term >= 0    its share of the loss, written so that nothing cancels when p and q are close
 //     v            q dL/dq up to a multiple of q:   dL/dx_i = v_i - q_i sum v
@@ -34,13 +35,14 @@ struct Element {
 };
 
 // phi(d) = d + expm1(-d), times p given p expm1(-d) = q - p: p d + q - p without cancellation for small d.
-// Ops O: number type N with arithmetic, constants, select, exp, log1p, and factorial_series (sum x^k / (k + first)!).
+// Ops O: number type N with arithmetic, constants, select, min, max, abs, exp (of a log-probability), exp_any, log1p,
+// expm1_small (|x| <= 1/2), phi_series (sum x^k / (k + 2)!, |x| <= 1/4) and polynomial.
 template <class O, class N = typename O::N>
 KD_INLINE N kl_term(N p, N q, N d) {
   const N near = p * (d * d) * O::phi_series(-d);
   // p = 0 contributes q (the limit), also for d = -inf
   const N far = O::select(p > O::set(0), p * d, O::set(0)) + (q - p);
-  return O::select(O::abs(d) < O::set(0.5), near, far);
+  return O::select(O::abs(d) < O::set(0.25), near, far);
 }
 
 template <class O, Kind kind, class N = typename O::N>
@@ -66,7 +68,8 @@ KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k
     constexpr bool swap = kind == Kind::skew_reverse_kl;
     const N b = O::set(k.beta), c = O::set(1 - k.beta);
     // beyond 1e4 one side is 0 anyway; 0 * 1e4 = 0 where 0 * inf would be NaN
-    const N gap = O::max(O::min(swap ? -d : d, O::set(1e4)), O::set(-1e4));  // log first - log second
+    // (min and max give their first argument when the second is NaN)
+    const N gap = O::max(O::set(-1e4), O::min(O::set(1e4), swap ? -d : d));  // log first - log second
     const N small_ratio = O::exp(-O::abs(gap));
     const N minus = O::select(O::abs(gap) < O::set(0.5), O::expm1_small(-O::abs(gap)), small_ratio - O::set(1));
     const N big = O::exp(O::max(lq, lp)), other = big * small_ratio;
@@ -118,7 +121,7 @@ KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k
       const N a = O::set(k.beta), b = O::set(k.beta - 1), ad = a * d, bd = b * d;
       N power = a * lp - b * lq;
       power = O::select(O::equal(power, power), power, O::set(-1e4));  // both -inf: p^a q^(1-a) = 0
-      const N r = O::exp(power);
+      const N r = O::exp_any(power);
       const N far = (r - a * p + b * q) / (a * b);
       const N near = q * (d * d) * O::polynomial(d, k.series);
       e.term = O::select(O::abs(d) < O::set(k.small), near, O::max(far, O::set(0)));

@@ -8,7 +8,7 @@
 namespace kdfast {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
-inline constexpr int kItemSize[4] = {4, 2, 2, 8};
+static constexpr int kItemSize[4] = {4, 2, 2, 8};
 inline constexpr int kMaxRowAxes = 8;
 
 struct Logits {

@@ -5,495 +5,54 @@
 // between them, so main memory is read once. Closed kinds (divergence_terms.h) do the last two in one.
 #include "cpu/divergence.h"
 
-#include "cpu/stage.h"
-#include "memory.h"
+#include "cpu/divergence_lanes.h"
+#include "cpu/divergence_rows.h"
 #include "parallel.h"
 
 namespace kdfast {
 namespace KD_ISA {
 namespace {
 
-// The number type of divergence_terms.h here: a vector.
-template <class T>
-struct VectorOps {
-  using N = Vec<T>;
-  KD_INLINE N set(double value) { return splat<T>(T(value)); }
-  template <class M>
-  KD_INLINE N select(M mask, N a, N b) {
-    return mask ? a : b;
-  }
-  KD_INLINE auto equal(N a, N b) { return a == b; }
-  KD_INLINE N abs(N a) { return vabs<T>(a); }
-  KD_INLINE N min(N a, N b) { return vmin(a, b); }
-  KD_INLINE N max(N a, N b) { return vmax(a, b); }
-  KD_INLINE N exp(N a) { return vexp<T>(a); }
-  KD_INLINE N log1p(N a) { return vlog1p<T>(a); }
-  KD_INLINE N expm1_small(N a) { return kdfast::KD_ISA::expm1_small(a); }
-  // sum x^k / (k + 2)! for |x| <= 1/2
-  KD_INLINE N phi_series(N x) { return factorial_series<T, sizeof(T) == 4 ? 7 : 14>(x, 2); }
-  KD_INLINE N polynomial(N x, const double* coefficients) {
-    constexpr int terms = sizeof(T) == 4 ? 8 : 16;
-    N sum = set(coefficients[terms - 1]);
-    for (int i = terms - 2; i >= 0; --i) sum = sum * x + T(coefficients[i]);
-    return sum;
-  }
-};
-
-constexpr int kBlock = 1024;  // classes staged at a time: 4 KB (float) per buffer, all buffers fit L1
-
-template <class T>
-struct Stats {
-  T lse = 0, gap = 0, sum_v = 0, sum_u = 0;  // see kStats
-};
-
-// ---------------------------------------------------------------- rows driver
-template <class T>
-struct Row {
-  const DivergenceCall* call;
-  int64_t index, s, t, gs, gt;  // row number and element offsets in the four operands
-  T inverse_t;
-  int64_t label;  // -1: none
+struct Blocks {
+  int64_t count, rows;  // rows per block
+  int64_t per_outer;    // lanes: tiles per outer index; 0: rows driver
 };
 
 template <class T>
-KD_INLINE bool in_place(const Logits& logits, int n) {
-  const bool native = logits.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
-  return native && logits.class_stride == 1 && n % kWidth<T> == 0;
-}
-
-// A padded block [start, start + n) of one operand: in place where it can be, else staged in `buffer`. The class `hole`
-// (dkd: the target) reads as -inf.
-template <class T>
-KD_INLINE const T* block_of(const Logits& logits, int64_t offset, int64_t start, int n, int64_t hole, T* buffer) {
-  const bool inside = hole >= start && hole < start + n;
-  if (in_place<T>(logits, n) && !inside) return static_cast<const T*>(logits.data) + offset + start;
-  load_logits(logits, offset + start * logits.class_stride, logits.class_stride, n, buffer);
-  for (int i = n; i % kWidth<T>; ++i) buffer[i] = -T(kInf);
-  if (inside) buffer[hole - start] = -T(kInf);
-  return buffer;
-}
-
-// Where a block of gradient is written: to its place, or to `buffer` and from there by flush.
-template <class T>
-KD_INLINE T* out_block(const Logits& logits, int64_t offset, int64_t start, int n, T* buffer) {
-  return in_place<T>(logits, n) ? static_cast<T*>(logits.data) + offset + start : buffer;
-}
-template <class T>
-KD_INLINE void flush(const T* out, const T* buffer, int n, const Logits& logits, int64_t offset, int64_t start) {
-  if (out == buffer) store_logits(buffer, n, logits, offset + start * logits.class_stride, logits.class_stride);
-}
-
-// Online log-sum-exp of x / T: running max of x and sum of exp((x - max) / T).
-template <class T>
-struct LogSum {
-  T max = -T(kInf);
-  double sum = 0;
-
-  KD_INLINE void add(LogSum& self, const T* x, int n, T inverse_t) {
-    constexpr int W = kWidth<T>;
-    Vec<T> m0 = splat<T>(-T(kInf)), m1 = m0;
-    int i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) {
-      m0 = vmax(m0, load(x + i));
-      m1 = vmax(m1, load(x + i + W));
-    }
-    if (i < n) m0 = vmax(m0, load(x + i));
-    const T block = max_lanes<T>(vmax(m0, m1));
-    if (block == -T(kInf)) {  // nothing but -inf; a NaN would hide here
-      for (int j = 0; j < n; ++j) {
-        if (x[j] != x[j]) self.sum = double(x[j]);
-      }
-      return;
-    }
-    if (block > self.max) {
-      // exp(-inf) = 0 starts the sum; a double keeps the rescaling exact to the float result
-      self.sum *= self.max == -T(kInf) ? 1.0 : double(vexp<T>(splat<T>((self.max - block) * inverse_t))[0]);
-      self.max = block;
-    }
-    const Vec<T> m = splat<T>(self.max);
-    Vec<T> s0 = splat<T>(0), s1 = s0;
-    for (i = 0; i + 2 * W <= n; i += 2 * W) {
-      s0 += vexp<T>((load(x + i) - m) * inverse_t);
-      s1 += vexp<T>((load(x + i + W) - m) * inverse_t);
-    }
-    if (i < n) s0 += vexp<T>((load(x + i) - m) * inverse_t);
-    self.sum += sum_lanes_double<T>(s0 + s1);
+KD_INLINE Blocks cut(const DivergenceCall& call) {
+  if (lanes_fit<T>(call)) {
+    const int64_t inner = call.rows.sizes[call.rows.axes - 1], rows = tile_rows(call.classes, kWidth<T>);
+    const int64_t per_outer = (inner + rows - 1) / rows;
+    return {call.rows.count / inner * per_outer, rows, per_outer};
   }
-  bool bad() const { return !(sum < double(kInf)) || max == T(kInf); }
-  bool empty() const { return max == -T(kInf); }
-  double log_sum() const { return __builtin_log(sum); }
-  double value(T inverse_t) const { return double(max) * double(inverse_t) + log_sum(); }
-};
-
-template <class T>
-struct LogSums {
-  LogSum<T> student, teacher, raw;  // raw: student at T = 1, for cross-entropy
-  double total = 0;                 // sum of the student's logits, for label smoothing
-  bool has_raw = false;
-};
-
-template <class T>
-static void log_sums(const Row<T>& row, int64_t hole, bool need_raw, bool need_total, LogSums<T>& out) {
-  const DivergenceCall& call = *row.call;
-  alignas(64) T buffer_x[kBlock], buffer_z[kBlock];
-  out.has_raw = need_raw && row.inverse_t != T(1);
-  for (int64_t start = 0; start < call.classes; start += kBlock) {
-    const int n = int(call.classes - start < kBlock ? call.classes - start : kBlock);
-    const int padded = (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
-    const T* x = block_of(call.student, row.s, start, n, hole, buffer_x);
-    const T* z = block_of(call.teacher, row.t, start, n, hole, buffer_z);
-    LogSum<T>::add(out.student, x, padded, row.inverse_t);
-    LogSum<T>::add(out.teacher, z, padded, row.inverse_t);
-    if (out.has_raw) LogSum<T>::add(out.raw, x, padded, T(1));
-    if (need_total) {
-      for (int i = 0; i < n; ++i) out.total += start + i == hole ? 0.0 : double(x[i]);
-    }
-  }
-}
-
-// What one sweep over a row does. Factors already hold weight, upstream gradient and 1/T.
-template <class T>
-struct Sweep {
-  bool loss = false, sums = false;
-  bool grad_student = false, grad_teacher = false;
-  T student_factor = 0, teacher_factor = 0;
-  T v_factor = 1;                                          // dkd: the non-target weight
-  T ce_factor = 0, ce_lse = 0, ce_smooth = 0, ce_hot = 0;  // gradient of cross-entropy: ce (q1 - smooth - hot [i = label])
-  int64_t hole = -1;                                       // dkd's target class; its gradient is `hole_grad`
-  T hole_grad = 0;
-};
-
-template <Kind kind, class T>
-static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
-  using O = VectorOps<T>;
-  constexpr int W = kWidth<T>;
-  const DivergenceCall& call = *row.call;
-  alignas(64) T buffer_x[kBlock], buffer_z[kBlock], buffer_gs[kBlock], buffer_gt[kBlock];
-  double loss = 0, sum_v = 0, sum_u = 0;
-  const T inverse_t = row.inverse_t;
-  const Vec<T> lse = splat<T>(stats.lse), gap = splat<T>(stats.gap), lse_z = splat<T>(stats.lse + stats.gap);
-  const Vec<T> v_sum = splat<T>(stats.sum_v), u_sum = splat<T>(stats.sum_u), v_factor = splat<T>(todo.v_factor);
-  const KindParameters parameters = call.parameters;
-  const int64_t last = (call.classes - 1) / kBlock * kBlock;
-  for (int64_t start = last; start >= 0; start -= kBlock) {  // backwards: the end of the row is the warmest part
-    const int n = int(call.classes - start < kBlock ? call.classes - start : kBlock);
-    const T* x = block_of(call.student, row.s, start, n, todo.hole, buffer_x);
-    const T* z = block_of(call.teacher, row.t, start, n, todo.hole, buffer_z);
-    T* out_gs = todo.grad_student ? out_block(call.grad_student, row.gs, start, n, buffer_gs) : nullptr;
-    T* out_gt = todo.grad_teacher ? out_block(call.grad_teacher, row.gt, start, n, buffer_gt) : nullptr;
-    Vec<T> loss_lanes = splat<T>(0), v_lanes = loss_lanes, u_lanes = loss_lanes;
-    for (int i = 0; i < n; i += W) {
-      const Vec<T> xi = load(x + i), zi = load(z + i);
-      const Vec<T> lq = xi * inverse_t - lse, lp = zi * inverse_t - lse_z;
-      Vec<T> d = (zi - xi) * inverse_t - gap;
-      d = d == d ? d : splat<T>(0);  // -inf on both sides
-      const Element<Vec<T>> e = divergence_element<O, kind>(lq, lp, d, parameters);
-      if (todo.loss) loss_lanes += e.term;
-      if (todo.sums) {
-        v_lanes += e.v;
-        u_lanes += e.u;
-      }
-      if (todo.grad_student) {
-        Vec<T> g = (e.v * v_factor - e.q * v_sum) * todo.student_factor;
-        if (todo.ce_factor != 0) g += (vexp<T>(xi - todo.ce_lse) - todo.ce_smooth) * todo.ce_factor;
-        store(out_gs + i, g);
-      }
-      if (todo.grad_teacher) store(out_gt + i, (e.u - e.p * u_sum) * todo.teacher_factor);
-    }
-    if (todo.loss) loss += sum_lanes_double<T>(loss_lanes);
-    if (todo.sums) {
-      sum_v += sum_lanes_double<T>(v_lanes);
-      sum_u += sum_lanes_double<T>(u_lanes);
-    }
-    if (todo.grad_student) {
-      if (todo.hole >= start && todo.hole < start + n) out_gs[todo.hole - start] += todo.hole_grad;
-      if (todo.ce_factor != 0 && row.label >= start && row.label < start + n) {
-        out_gs[row.label - start] -= todo.ce_factor * todo.ce_hot;
-      }
-      flush(out_gs, buffer_gs, n, call.grad_student, row.gs, start);
-    }
-    if (todo.grad_teacher) flush(out_gt, buffer_gt, n, call.grad_teacher, row.gt, start);
-  }
-  if (todo.sums) {
-    stats.sum_v = T(sum_v);
-    stats.sum_u = T(sum_u);
-  }
-  return loss;
-}
-
-template <class T>
-static double sweep_kind(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
-  switch (row.call->kind) {
-    case Kind::forward_kl:
-    case Kind::dkd: return sweep<Kind::forward_kl, T>(row, todo, stats);
-    case Kind::reverse_kl: return sweep<Kind::reverse_kl, T>(row, todo, stats);
-    case Kind::jeffreys: return sweep<Kind::jeffreys, T>(row, todo, stats);
-    case Kind::js: return sweep<Kind::js, T>(row, todo, stats);
-    case Kind::skew_forward_kl: return sweep<Kind::skew_forward_kl, T>(row, todo, stats);
-    case Kind::skew_reverse_kl: return sweep<Kind::skew_reverse_kl, T>(row, todo, stats);
-    case Kind::tvd: return sweep<Kind::tvd, T>(row, todo, stats);
-    case Kind::alpha: return sweep<Kind::alpha, T>(row, todo, stats);
-    case Kind::binary: return sweep<Kind::binary, T>(row, todo, stats);
-  }
-  return 0;
-}
-
-template <class T>
-KD_INLINE T row_value(const void* values, int64_t row, T otherwise) {
-  return values ? static_cast<const T*>(values)[row] : otherwise;
-}
-
-template <class T>
-KD_INLINE double class_value(const Logits& logits, int64_t offset, int64_t label) {
-  T value = 0;
-  load_logits(logits, offset + label * logits.class_stride, 1, 1, &value);
-  return double(value);
-}
-
-// What log_sums found, as the sweeps need it.
-template <class T>
-struct Prepared {
-  bool ignored = false;  // all -inf in one model: loss and gradient 0
-  Stats<T> stats;
-  double extra_loss = 0;               // dkd: the target term
-  double v_factor = 1, hole_grad = 0;  // dkd
-  double ce = 0, ce_lse = 0;
-};
-
-// KL of two coins whose logs are known on both sides.
-KD_INLINE double coin_kl(double log_p1, double log_p0, double log_q1, double log_q0) {
-  const double p1 = __builtin_exp(log_p1), p0 = __builtin_exp(log_p0);
-  const double q1 = __builtin_exp(log_q1), q0 = __builtin_exp(log_q0);
-  double total = 0;
-  const double p[2] = {p1, p0}, q[2] = {q1, q0}, d[2] = {log_p1 - log_q1, log_p0 - log_q0};
-  for (int i = 0; i < 2; ++i) {
-    if (!(p[i] > 0)) {
-      total += q[i];
-    } else {
-      const double near = p[i] * (d[i] + __builtin_expm1(-d[i])), far = p[i] * d[i] + (q[i] - p[i]);
-      const double term = d[i] < 0.5 && d[i] > -0.5 ? near : far;
-      total += term > 0 ? term : term == term ? 0 : term;
-    }
-  }
-  return total;
-}
-
-template <class T>
-static void prepare_dkd(const Row<T>& row, const LogSums<T>& sums, Prepared<T>& out) {
-  const DivergenceCall& call = *row.call;
-  const double x = class_value<T>(call.student, row.s, row.label) * double(row.inverse_t);
-  const double z = class_value<T>(call.teacher, row.t, row.label) * double(row.inverse_t);
-  const bool rest_x = !sums.student.empty(), rest_z = !sums.teacher.empty();
-  const double inf = __builtin_inf();
-  const double lx = rest_x ? sums.student.value(row.inverse_t) : -inf, lz = rest_z ? sums.teacher.value(row.inverse_t) : -inf;
-  // a row with nothing but -inf, the target included, is ignored
-  out.ignored = (!rest_x && x == -inf) || (!rest_z && z == -inf);
-  if (out.ignored) return;
-  // log-probabilities of target (1) and rest (0), from the log-odds
-  const double ox = x - lx, oz = z - lz;
-  const double q1 = -__builtin_log1p(__builtin_exp(-ox)), q0 = -__builtin_log1p(__builtin_exp(ox));
-  const double p1 = -__builtin_log1p(__builtin_exp(-oz)), p0 = -__builtin_log1p(__builtin_exp(oz));
-  const double A = call.dkd[0], B = rest_z ? call.dkd[1] : 0;  // no rest in the teacher: nothing to compare
-  const double g = q1 > -0.6931 ? __builtin_exp(p0) - __builtin_exp(q0) : __builtin_exp(q1) - __builtin_exp(p1);  // q1 - p1
-  out.extra_loss = A * coin_kl(p1, p0, q1, q0);
-  out.v_factor = B;
-  out.hole_grad = A * g;
-  out.stats.lse = T(rest_x ? lx : 0);
-  out.stats.gap = T((rest_z ? lz : 0) - (rest_x ? lx : 0));
-  out.stats.sum_v = T(A * g - B);  // dL/dx_i = -A g q^_i + B (q^_i - p^_i)
-  out.stats.sum_u = T(A * g);      // kept for the backward
-}
-
-// Log-sum-exps of a row and what follows from them. False: something is wrong with the values, reported.
-template <class T>
-static bool prepare(const Row<T>& row, bool cross_entropy, Prepared<T>& out) {
-  const DivergenceCall& call = *row.call;
-  const bool dkd = call.kind == Kind::dkd;
-  LogSums<T> sums;
-  log_sums(row, dkd ? row.label : -1, cross_entropy, cross_entropy && call.label_smoothing != 0, sums);
-  if (sums.student.bad()) return call.status->report(row.index, Bad::student), false;
-  if (sums.teacher.bad()) return call.status->report(row.index, Bad::teacher), false;
-  if (dkd) {
-    const double x = class_value<T>(call.student, row.s, row.label), z = class_value<T>(call.teacher, row.t, row.label);
-    if (!(x < double(kInf))) return call.status->report(row.index, Bad::student), false;
-    if (!(z < double(kInf))) return call.status->report(row.index, Bad::teacher), false;
-    prepare_dkd(row, sums, out);
-  } else {
-    out.ignored = sums.student.empty() || sums.teacher.empty();
-    if (!out.ignored && call.kind != Kind::binary) {
-      const LogSum<T>&s = sums.student, &t = sums.teacher;
-      out.stats.lse = T(s.value(row.inverse_t));
-      out.stats.gap = T((double(t.max) - double(s.max)) * double(row.inverse_t) + (t.log_sum() - s.log_sum()));
-      out.stats.sum_v = T(-1);  // forward KL; the other kinds sum it
-    }
-  }
-  if (cross_entropy && !out.ignored) {
-    const double x = class_value<T>(call.student, row.s, row.label);
-    out.ce_lse = sums.has_raw ? sums.raw.value(T(1)) : sums.student.value(T(1));
-    if (dkd) {  // the target was left out of the sum
-      const double high = out.ce_lse > x ? out.ce_lse : x, low = out.ce_lse > x ? x : out.ce_lse;
-      out.ce_lse = high + (low == -__builtin_inf() ? 0 : __builtin_log1p(__builtin_exp(low - high)));
-    }
-    out.ce = out.ce_lse - x;
-    if (call.label_smoothing != 0) {
-      if (dkd) sums.total += x;  // as above
-      out.ce = (1 - call.label_smoothing) * out.ce + call.label_smoothing * (out.ce_lse - sums.total / double(call.classes));
-    }
-  }
-  return true;
-}
-
-template <class T>
-static void zero_gradients(const Row<T>& row, int64_t from) {
-  const DivergenceCall& call = *row.call;
-  if (call.grad_student.data) {
-    const int64_t stride = call.grad_student.class_stride;
-    store_zeros<T>(call.student_width - from, call.grad_student, row.gs + from * stride, stride);
-  }
-  if (call.grad_teacher.data) {
-    const int64_t stride = call.grad_teacher.class_stride;
-    store_zeros<T>(call.teacher_width - from, call.grad_teacher, row.gt + from * stride, stride);
-  }
-}
-
-template <class T>
-KD_INLINE Row<T> make_row(const DivergenceCall& call, int64_t index) {
-  Row<T> row;
-  row.call = &call;
-  row.index = index;
-  row.s = row_offset(call.rows, call.student, index);
-  row.t = row_offset(call.rows, call.teacher, index);
-  row.gs = call.grad_student.data ? row_offset(call.rows, call.grad_student, index) : 0;
-  row.gt = call.grad_teacher.data ? row_offset(call.rows, call.grad_teacher, index) : 0;
-  row.inverse_t = T(1) / row_value<T>(call.row_temperature, index, T(call.temperature));
-  row.label = -1;
-  return row;
-}
-
-template <class T>
-KD_INLINE bool read_label(Row<T>& row) {
-  const DivergenceCall& call = *row.call;
-  row.label = call.labels[row.index];
-  if (row.label >= 0 && row.label < call.classes) return true;
-  call.status->report(row.index, Bad::label);
-  return false;
-}
-
-// Rows entry: D and stats of one row.
-template <class T>
-static void forward_row(const DivergenceCall& call, int64_t index) {
-  T* rows = static_cast<T*>(call.out_rows);
-  T* stats = static_cast<T*>(call.stats);
-  Row<T> row = make_row<T>(call, index);
-  Prepared<T> prepared;
-  rows[index] = 0;
-  for (int i = 0; i < kStats; ++i) stats[i * call.rows.count + index] = T(__builtin_nan(""));  // an ignored row: no gradient
-  if (call.kind == Kind::dkd && !read_label(row)) return;
-  if (!prepare(row, false, prepared) || prepared.ignored || call.zero) return;
-  Sweep<T> todo;
-  todo.loss = true;
-  todo.sums = !is_closed(call.kind) || (call.kind == Kind::forward_kl);
-  todo.hole = call.kind == Kind::dkd ? row.label : -1;
-  Stats<T> s = prepared.stats;
-  const double swept = sweep_kind(row, todo, s);
-  if (call.kind == Kind::forward_kl) s.sum_v = T(-1);
-  rows[index] = T(call.parameters.scale * (prepared.extra_loss + (prepared.v_factor == 0 ? 0 : prepared.v_factor * swept)));
-  const T kept[kStats] = {s.lse, s.gap, s.sum_v, s.sum_u};
-  for (int i = 0; i < kStats; ++i) stats[i * call.rows.count + index] = kept[i];
-}
-
-// Rows entry, backward: the gradients of one row from its stats.
-template <class T>
-static void backward_row(const DivergenceCall& call, int64_t index) {
-  const T* kept = static_cast<const T*>(call.stats);
-  Row<T> row = make_row<T>(call, index);
-  const T upstream = static_cast<const T*>(call.grad_rows)[index];
-  Stats<T> s{kept[index], kept[call.rows.count + index], kept[2 * call.rows.count + index], kept[3 * call.rows.count + index]};
-  if (s.lse != s.lse || upstream == 0) return zero_gradients(row, 0);
-  Sweep<T> todo;
-  todo.grad_student = call.grad_student.data;
-  todo.grad_teacher = call.grad_teacher.data;
-  todo.student_factor = todo.teacher_factor = T(double(upstream) * call.parameters.scale * double(row.inverse_t));
-  if (call.kind == Kind::dkd) {
-    row.label = call.labels[index];
-    todo.hole = row.label;
-    todo.v_factor = s.sum_u - s.sum_v;  // sum_v = A g - B
-    todo.hole_grad = s.sum_u * todo.student_factor;
-  }
-  sweep_kind(row, todo, s);
-  zero_gradients(row, call.classes);
-}
-
-// Sum entry: adds one row's share to (kd, ce) and writes its final gradient.
-template <class T>
-static void sum_row(const DivergenceCall& call, int64_t index, double& kd, double& ce) {
-  Row<T> row = make_row<T>(call, index);
-  const double weight = double(row_value<T>(call.row_weight, index, T(1)));
-  if (weight == 0) return zero_gradients(row, 0);
-  const bool cross_entropy = call.ce_factor != 0, dkd = call.kind == Kind::dkd;
-  if ((cross_entropy || dkd) && !read_label(row)) return;
-  Prepared<T> prepared;
-  if (!prepare(row, cross_entropy, prepared)) return;
-  if (prepared.ignored) return zero_gradients(row, 0);
-  const bool gs = call.grad_student.data, gt = call.grad_teacher.data;
-  Stats<T> s = prepared.stats;
-  Sweep<T> todo;
-  todo.loss = true;
-  todo.hole = dkd ? row.label : -1;
-  double swept = 0;
-  const bool closed = is_closed(call.kind) && (!gt || call.kind == Kind::binary);
-  if (!closed) {
-    todo.sums = gs || gt;
-    swept = sweep_kind(row, todo, s);
-    if (call.kind == Kind::forward_kl) s.sum_v = T(-1);
-    todo.sums = todo.loss = false;
-  }
-  if (closed || gs || gt) {
-    const double factor = call.zero ? 0 : call.kd_factor * weight * call.parameters.scale * double(row.inverse_t);
-    todo.grad_student = gs;
-    todo.grad_teacher = gt;
-    todo.student_factor = todo.teacher_factor = T(factor);
-    if (dkd) {
-      todo.v_factor = T(prepared.v_factor);
-      todo.hole_grad = T(prepared.hole_grad * factor);
-    }
-    if (cross_entropy) {
-      todo.ce_factor = T(call.ce_factor * weight);
-      todo.ce_lse = T(prepared.ce_lse);
-      todo.ce_smooth = T(call.label_smoothing / double(call.classes));
-      todo.ce_hot = T(1 - call.label_smoothing);
-      if (dkd) {  // the hole reads as -inf, so its share of softmax is added here
-        const double q1 = __builtin_exp(class_value<T>(call.student, row.s, row.label) - prepared.ce_lse);
-        todo.hole_grad += T(call.ce_factor * weight * q1);
-      }
-    }
-    const double loss = sweep_kind(row, todo, s);
-    if (closed) swept = loss;
-    zero_gradients(row, call.classes);
-  }
-  if (!call.zero) kd += weight * call.parameters.scale * (prepared.extra_loss + (prepared.v_factor == 0 ? 0 : prepared.v_factor * swept));
-  if (cross_entropy) ce += weight * prepared.ce;
+  const int64_t rows = 8192 / call.classes > 1 ? 8192 / call.classes : 1;
+  return {(call.rows.count + rows - 1) / rows, rows, 0};
 }
 
 }  // namespace
 
 template <class T>
 static void run(const DivergenceCall& call) {
-  const int64_t blocks = divergence_blocks(call), per_block = (call.rows.count + blocks - 1) / (blocks ? blocks : 1);
+  const Blocks blocks = cut<T>(call);
   // about 32k logits a thread at least: below that, waking one costs more than it saves
-  const int64_t block_work = per_block * call.classes;
-  const int64_t grain = block_work >= 32768 ? 1 : (32768 + block_work - 1) / (block_work ? block_work : 1);
-  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
+  const int64_t work = blocks.rows * call.classes, grain = work >= 32768 ? 1 : (32767 + work) / work;
+  parallel_for(blocks.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       double kd = 0, ce = 0;
-      const int64_t stop = (block + 1) * per_block < call.rows.count ? (block + 1) * per_block : call.rows.count;
-      for (int64_t row = block * per_block; row < stop; ++row) {
-        if (call.grad_rows) {
-          backward_row<T>(call, row);
-        } else if (call.out_rows) {
-          forward_row<T>(call, row);
-        } else {
-          sum_row<T>(call, row, kd, ce);
+      if (blocks.per_outer) {
+        const int64_t outer = block / blocks.per_outer, first = block % blocks.per_outer * blocks.rows;
+        const int64_t left = call.rows.sizes[call.rows.axes - 1] - first;
+        lanes_tile_kind<T>(call, outer, first, left < blocks.rows ? left : blocks.rows, kd, ce);
+      } else {
+        const int64_t stop = (block + 1) * blocks.rows < call.rows.count ? (block + 1) * blocks.rows : call.rows.count;
+        for (int64_t row = block * blocks.rows; row < stop; ++row) {
+          if (call.grad_rows) {
+            backward_row<T>(call, row);
+          } else if (call.out_rows) {
+            forward_row<T>(call, row);
+          } else {
+            sum_row<T>(call, row, kd, ce);
+          }
         }
       }
       if (call.partial_kd) {
@@ -503,6 +62,8 @@ static void run(const DivergenceCall& call) {
     }
   });
 }
+
+int64_t divergence_blocks(const DivergenceCall& call) { return call.rows.count == 0 ? 0 : call.f64 ? cut<double>(call).count : cut<float>(call).count; }
 
 void divergence_run(const DivergenceCall& call) {
   if (call.f64) {

@@ -38,9 +38,8 @@ struct DivergenceCall {
   Status* status = nullptr;
 };
 
-// Rows are cut into blocks by shape alone, so sums do not depend on the number of threads.
-int64_t divergence_blocks(const DivergenceCall& call);
-
-KD_PER_ISA(void divergence_run(const DivergenceCall& call))
+// Rows are cut into blocks by shape and strides alone, so sums do not depend on the number of threads. `partial_*` has room
+// for as many as divergence_blocks says.
+KD_PER_ISA(int64_t divergence_blocks(const DivergenceCall& call); void divergence_run(const DivergenceCall& call))
 
 }  // namespace kdfast

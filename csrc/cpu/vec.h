@@ -157,27 +157,35 @@ KD_INLINE Vec<T> factorial_series(Vec<T> x, int first) {
   return sum;
 }
 
-KD_INLINE Vec<float> exp_polynomial(Vec<float> r) {  // minimax on |r| <= ln2 / 2, Cephes' coefficients
-  Vec<float> p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return (p * (r * r) + r) + 1.0f;
+KD_INLINE Vec<float> exp_polynomial(Vec<float> r) {  // minimax on |r| <= ln2 / 2 with the first two terms fixed: 3e-9
+  Vec<float> p = splat(1.3814320361e-3f);
+  p = p * r + 8.3688510854e-3f;
+  p = p * r + 4.1668401088e-2f;
+  p = p * r + 1.6666519524e-1f;
+  p = p * r + 4.9999993373e-1f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
 }
 KD_INLINE Vec<double> exp_polynomial(Vec<double> r) { return factorial_series<double, 13>(r, 0); }
 
-// exp(x), at most 2 ULP; 0 below exp_min (no subnormals), infinity above exp_max; NaN stays NaN.
+// exp(x) for x up to exp_max, at most 2 ULP; 0 below exp_min (no subnormals), NaN stays NaN. For arguments known to be at
+// most about 0, as all log-probabilities are.
 template <class T>
-KD_INLINE Vec<T> vexp(Vec<T> x) {
+KD_INLINE Vec<T> vexp_bounded(Vec<T> x) {
   using M = Math<T>;
   const Vec<T> t = x * M::log2e + M::round;
   const Vec<T> n = t - M::round;
   const Vec<T> r = (x - n * M::ln2_high) - n * M::ln2_low;
   const IVec<T> exponent = (bits_of<T>(t) + M::bias) << M::mantissa;
+  // a product and not an integer addition to the exponent: the latter would make a number of a NaN
   const Vec<T> y = exp_polynomial(r) * from_bits<T>(exponent);
-  return x < M::exp_min ? splat<T>(0) : (x > M::exp_max ? splat<T>(T(kInf)) : y);
+  return x < M::exp_min ? splat<T>(0) : y;
+}
+
+// exp(x) for any x: infinity above exp_max.
+template <class T>
+KD_INLINE Vec<T> vexp(Vec<T> x) {
+  return x > Math<T>::exp_max ? splat<T>(T(kInf)) : vexp_bounded<T>(x);
 }
 
 KD_INLINE Vec<float> log_polynomial(Vec<float> f) {  // log(1 + f) - f, f in [sqrt(1/2) - 1, sqrt(2) - 1], Cephes' coefficients

@@ -1,0 +1,54 @@
+// What the two drivers of the divergences share: the number type of divergence_terms.h, and sizes.
+#pragma once
+
+#include "cpu/divergence.h"
+#include "cpu/stage.h"
+#include "memory.h"
+
+namespace kdfast {
+namespace KD_ISA {
+namespace {
+
+
+// The number type of divergence_terms.h here: a vector.
+template <class T>
+struct VectorOps {
+  using N = Vec<T>;
+  KD_INLINE N set(double value) { return splat<T>(T(value)); }
+  template <class M>
+  KD_INLINE N select(M mask, N a, N b) {
+    return mask ? a : b;
+  }
+  KD_INLINE auto equal(N a, N b) { return a == b; }
+  KD_INLINE N abs(N a) { return vabs<T>(a); }
+  KD_INLINE N min(N a, N b) { return vmin(a, b); }
+  KD_INLINE N max(N a, N b) { return vmax(a, b); }
+  KD_INLINE N exp(N a) { return vexp_bounded<T>(a); }  // of a log-probability
+  KD_INLINE N exp_any(N a) { return vexp<T>(a); }
+  KD_INLINE N log1p(N a) { return vlog1p<T>(a); }
+  KD_INLINE N expm1_small(N a) { return kdfast::KD_ISA::expm1_small(a); }
+  // sum x^k / (k + 2)! for |x| <= 1/4
+  KD_INLINE N phi_series(N x) { return factorial_series<T, sizeof(T) == 4 ? 5 : 11>(x, 2); }
+  KD_INLINE N polynomial(N x, const double* coefficients) {
+    constexpr int terms = sizeof(T) == 4 ? 8 : 16;
+    N sum = set(coefficients[terms - 1]);
+    for (int i = terms - 2; i >= 0; --i) sum = sum * x + T(coefficients[i]);
+    return sum;
+  }
+};
+
+constexpr int kBlock = 1024;  // classes staged at a time: 4 KB (float) per buffer, all buffers fit L1
+
+template <class T>
+struct Stats {
+  T lse = 0, gap = 0, sum_v = 0, sum_u = 0;  // see kStats
+};
+
+template <class T>
+KD_INLINE T row_value(const void* values, int64_t row, T otherwise) {
+  return values ? static_cast<const T*>(values)[row] : otherwise;
+}
+
+}  // namespace
+}  // namespace KD_ISA
+}  // namespace kdfast

@@ -1,0 +1,210 @@
+// Lanes driver of the divergences: one row per vector lane.
+#pragma once
+
+#include "cpu/divergence_common.h"
+
+namespace kdfast {
+namespace KD_ISA {
+namespace {
+
+// Rows that lie side by side (class axis strided, innermost row axis contiguous): each vector lane is one row, and a tile of
+// rows x classes is staged so that main memory is read in runs of a kilobyte instead of one element per row.
+constexpr int64_t kTileLogits = 4096;  // per model: 16 KB (float)
+constexpr int64_t kLanesMaxClasses = 4096;
+
+KD_INLINE int64_t tile_rows(int64_t classes, int width) {
+  const int64_t rows = kTileLogits / classes / width * width;
+  return rows < width ? width : rows > 256 ? 256 : rows;
+}
+
+template <class T>
+KD_INLINE bool lanes_fit(const DivergenceCall& call) {
+  const int inner = call.rows.axes - 1;
+  const auto side_by_side = [&](const Logits& logits) { return !logits.data || logits.row_strides[inner] == 1; };
+  return call.kind != Kind::dkd && call.student.class_stride != 1 && call.classes <= kLanesMaxClasses && side_by_side(call.student) &&
+         side_by_side(call.teacher) && side_by_side(call.grad_student) && side_by_side(call.grad_teacher) &&
+         call.rows.sizes[inner] >= kWidth<T> && !call.zero;
+}
+
+// Per-row values of a group of lanes; lanes past the end of the tile read `otherwise`.
+template <class T>
+KD_INLINE Vec<T> lane_values(const void* values, int64_t row, int live, T otherwise) {
+  if (!values) return splat<T>(otherwise);
+  const T* from = static_cast<const T*>(values) + row;
+  if (live == kWidth<T>) return load(from);
+  Vec<T> v = splat<T>(otherwise);
+  for (int i = 0; i < live; ++i) v[i] = from[i];
+  return v;
+}
+template <class T>
+KD_INLINE void store_lanes(void* values, int64_t row, int live, Vec<T> v) {
+  T* to = static_cast<T*>(values) + row;
+  for (int i = 0; i < live; ++i) to[i] = v[i];
+}
+
+// Log-sum-exp per lane of x / T over the classes of a staged tile, as max and log of the sum.
+template <class T>
+KD_INLINE void lane_log_sum(const T* x, int64_t classes, int64_t pitch, Vec<T> inverse_t, Vec<T>& max, Vec<T>& log_sum) {
+  max = splat<T>(-T(kInf));
+  for (int64_t c = 0; c < classes; ++c) max = vmax(max, load(x + c * pitch));
+  Vec<T> sum = splat<T>(0);
+  const Vec<T> shift = max == -T(kInf) ? splat<T>(0) : max;
+  for (int64_t c = 0; c < classes; ++c) sum += vexp_bounded<T>((load(x + c * pitch) - shift) * inverse_t);
+  // sum is 0 only where all logits are -inf (that row is ignored) and NaN where something is wrong
+  log_sum = sum > 0 ? vlog<T>(sum) : sum;
+}
+
+template <Kind kind, class T>
+static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first, int64_t count, double& kd, double& ce) {
+  using O = VectorOps<T>;
+  constexpr int W = kWidth<T>;
+  const int64_t C = call.classes, pitch = (count + W - 1) / W * W, inner_size = call.rows.sizes[call.rows.axes - 1];
+  const int64_t row0 = outer * inner_size + first;
+  T* x = static_cast<T*>(thread_scratch(0, std::size_t(C * pitch) * sizeof(T)));
+  T* z = static_cast<T*>(thread_scratch(1, std::size_t(C * pitch) * sizeof(T)));
+  const bool gs = call.grad_student.data, gt = call.grad_teacher.data;
+  T* grad_s = gs ? static_cast<T*>(thread_scratch(2, std::size_t(C * pitch) * sizeof(T))) : nullptr;
+  T* grad_t = gt ? static_cast<T*>(thread_scratch(3, std::size_t(C * pitch) * sizeof(T))) : nullptr;
+  const int64_t s = row_offset(call.rows, call.student, row0), t = row_offset(call.rows, call.teacher, row0);
+  for (int64_t c = 0; c < C; ++c) {
+    load_logits(call.student, s + c * call.student.class_stride, 1, count, x + c * pitch);
+    load_logits(call.teacher, t + c * call.teacher.class_stride, 1, count, z + c * pitch);
+    for (int64_t i = count; i < pitch; ++i) x[c * pitch + i] = z[c * pitch + i] = 0;
+  }
+  const bool backward = call.grad_rows, rows_entry = call.out_rows;
+  const bool cross_entropy = call.ce_factor != 0 && !backward && !rows_entry;
+  const Vec<T> zero = splat<T>(0), negative_inf = splat<T>(-T(kInf));
+  const KindParameters parameters = call.parameters;
+  T* kept = static_cast<T*>(call.stats);
+  for (int64_t group = 0; group < pitch; group += W) {
+    const int64_t row = row0 + group;
+    const int live = int(count - group < W ? count - group : W);
+    const T *xs = x + group, *zs = z + group;
+    // upstream gradient or weight; a lane where it is 0 (past the end of the tile too) holds anything and gives 0
+    const void* factors = backward ? call.grad_rows : rows_entry ? nullptr : call.row_weight;
+    Vec<T> wanted = splat<T>(1);
+    if (factors) {
+      wanted = lane_values<T>(factors, row, live, T(0));
+    } else {
+      for (int i = live; i < W; ++i) wanted[i] = 0;
+    }
+    const Vec<T> inverse_t = splat<T>(1) / lane_values<T>(call.row_temperature, row, live, T(call.temperature));
+    Vec<T> lse, gap, sum_v = zero, sum_u = zero, ignored;
+    Vec<T> max_x = zero, log_x = zero, max_z, log_z;
+    if (backward) {
+      lse = lane_values<T>(kept, row, live, T(0));
+      gap = lane_values<T>(kept + call.rows.count, row, live, T(0));
+      sum_v = lane_values<T>(kept + 2 * call.rows.count, row, live, T(0));
+      sum_u = lane_values<T>(kept + 3 * call.rows.count, row, live, T(0));
+      ignored = lse != lse ? splat<T>(1) : zero;
+    } else {
+      lane_log_sum<T>(xs, C, pitch, inverse_t, max_x, log_x);
+      lane_log_sum<T>(zs, C, pitch, inverse_t, max_z, log_z);
+      for (int i = 0; i < live; ++i) {
+        if (wanted[i] == 0) continue;
+        if (log_x[i] != log_x[i] || max_x[i] == T(kInf)) call.status->report(row + i, Bad::student);
+        if (log_z[i] != log_z[i] || max_z[i] == T(kInf)) call.status->report(row + i, Bad::teacher);
+      }
+      ignored = max_x == negative_inf ? splat<T>(1) : (max_z == negative_inf ? splat<T>(1) : zero);
+      lse = max_x * inverse_t + log_x;
+      gap = (max_z - max_x) * inverse_t + (log_z - log_x);
+      if (kind == Kind::binary) lse = gap = zero;
+    }
+    const Vec<T> skip = wanted == 0 ? splat<T>(1) : ignored;
+    const Vec<T> lse_z = lse + gap;
+    const auto element = [&](int64_t c) {
+      const Vec<T> xi = load(xs + c * pitch), zi = load(zs + c * pitch);
+      return divergence_element<O, kind>(xi * inverse_t - lse, zi * inverse_t - lse_z, (zi - xi) * inverse_t - gap, parameters);
+    };
+    if (!backward) {
+      Vec<T> loss = zero;
+      for (int64_t c = 0; c < C; ++c) {
+        const Element<Vec<T>> e = element(c);
+        loss += e.term;
+        sum_v += e.v;
+        sum_u += e.u;
+      }
+      if (kind == Kind::forward_kl) sum_v = splat<T>(-1);
+      if (kind == Kind::binary) sum_v = sum_u = zero;
+      loss = skip != 0 ? zero : loss * T(parameters.scale);
+      if (rows_entry) {
+        const Vec<T> none = splat<T>(T(__builtin_nan("")));  // an ignored row has no gradient
+        store_lanes<T>(call.out_rows, row, live, loss);
+        store_lanes<T>(kept, row, live, skip != 0 ? none : lse);
+        store_lanes<T>(kept + call.rows.count, row, live, gap);
+        store_lanes<T>(kept + 2 * call.rows.count, row, live, sum_v);
+        store_lanes<T>(kept + 3 * call.rows.count, row, live, sum_u);
+        continue;
+      }
+      kd += sum_lanes_double<T>(skip != 0 ? zero : loss * wanted);
+    }
+    Vec<T> ce_lse = zero, label = splat<T>(-1), ce_weight = zero;
+    if (cross_entropy) {
+      Vec<T> max_raw, log_raw, total = zero, hot = zero;
+      lane_log_sum<T>(xs, C, pitch, splat<T>(1), max_raw, log_raw);
+      ce_lse = max_raw + log_raw;
+      for (int i = 0; i < live; ++i) {
+        if (skip[i] != 0) continue;
+        const int64_t y = call.labels[row + i];
+        if (y < 0 || y >= C) {
+          call.status->report(row + i, Bad::label);
+          continue;
+        }
+        label[i] = T(y);  // exact: y < kLanesMaxClasses
+        hot[i] = xs[y * pitch + i];
+      }
+      Vec<T> loss = ce_lse - hot;
+      if (call.label_smoothing != 0) {
+        for (int64_t c = 0; c < C; ++c) total += load(xs + c * pitch);
+        loss = loss * T(1 - call.label_smoothing) + (ce_lse - total / T(C)) * T(call.label_smoothing);
+      }
+      ce += sum_lanes_double<T>(skip != 0 ? zero : loss * wanted);
+      ce_weight = wanted * T(call.ce_factor);
+    }
+    if (!gs && !gt) continue;
+    const Vec<T> factor = wanted * (T((backward ? 1.0 : call.kd_factor) * parameters.scale) * inverse_t);
+    const T smooth = T(call.label_smoothing / double(C)), hot_share = T(1 - call.label_smoothing);
+    for (int64_t c = 0; c < C; ++c) {
+      const Element<Vec<T>> e = element(c);
+      if (gs) {
+        Vec<T> g = (e.v - e.q * sum_v) * factor;
+        if (cross_entropy) {
+          const Vec<T> target = label == T(c) ? splat<T>(smooth + hot_share) : splat<T>(smooth);
+          g += (vexp_bounded<T>(load(xs + c * pitch) - ce_lse) - target) * ce_weight;
+        }
+        store(grad_s + c * pitch + group, skip != 0 ? zero : g);
+      }
+      if (gt) store(grad_t + c * pitch + group, skip != 0 ? zero : (e.u - e.p * sum_u) * factor);
+    }
+  }
+  if (gs) {
+    const int64_t to = row_offset(call.rows, call.grad_student, row0);
+    for (int64_t c = 0; c < C; ++c) store_logits(grad_s + c * pitch, count, call.grad_student, to + c * call.grad_student.class_stride, 1);
+    for (int64_t c = C; c < call.student_width; ++c) store_zeros<T>(count, call.grad_student, to + c * call.grad_student.class_stride, 1);
+  }
+  if (gt) {
+    const int64_t to = row_offset(call.rows, call.grad_teacher, row0);
+    for (int64_t c = 0; c < C; ++c) store_logits(grad_t + c * pitch, count, call.grad_teacher, to + c * call.grad_teacher.class_stride, 1);
+    for (int64_t c = C; c < call.teacher_width; ++c) store_zeros<T>(count, call.grad_teacher, to + c * call.grad_teacher.class_stride, 1);
+  }
+}
+
+template <class T>
+static void lanes_tile_kind(const DivergenceCall& call, int64_t outer, int64_t first, int64_t count, double& kd, double& ce) {
+  switch (call.kind) {
+    case Kind::dkd:
+    case Kind::forward_kl: return lanes_tile<Kind::forward_kl, T>(call, outer, first, count, kd, ce);
+    case Kind::reverse_kl: return lanes_tile<Kind::reverse_kl, T>(call, outer, first, count, kd, ce);
+    case Kind::jeffreys: return lanes_tile<Kind::jeffreys, T>(call, outer, first, count, kd, ce);
+    case Kind::js: return lanes_tile<Kind::js, T>(call, outer, first, count, kd, ce);
+    case Kind::skew_forward_kl: return lanes_tile<Kind::skew_forward_kl, T>(call, outer, first, count, kd, ce);
+    case Kind::skew_reverse_kl: return lanes_tile<Kind::skew_reverse_kl, T>(call, outer, first, count, kd, ce);
+    case Kind::tvd: return lanes_tile<Kind::tvd, T>(call, outer, first, count, kd, ce);
+    case Kind::alpha: return lanes_tile<Kind::alpha, T>(call, outer, first, count, kd, ce);
+    case Kind::binary: return lanes_tile<Kind::binary, T>(call, outer, first, count, kd, ce);
+  }
+}
+
+}  // namespace
+}  // namespace KD_ISA
+}  // namespace kdfast
