@@ -14,6 +14,7 @@ namespace py = pybind11;
 namespace kdfast {
 
 void bind_divergence(py::module_& m);
+void bind_pairwise(py::module_& m);
 
 static void bind_machine(py::module_& m) {
   m.def("isa", [] { return std::string(isa_name(current_isa())); });
@@ -44,4 +45,5 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of kdfast: kernels over addresses.";
   kdfast::bind_machine(m);
   kdfast::bind_divergence(m);
+  kdfast::bind_pairwise(m);
 }

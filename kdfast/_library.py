@@ -53,3 +53,26 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
         return outputs if isinstance(results, tuple) else outputs[0]
 
     return wrapper
+
+
+# ---------------------------------------------------------------- what the core takes: addresses, dtype codes, strides
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def address(tensor: Tensor | None) -> int:
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
+
+
+def operand(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """What the core needs of a tensor it reads or writes in place: address, dtype code, strides in elements."""
+    return address(tensor), DTYPE_CODES[tensor.dtype], tensor.stride()
+
+
+def contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Per-row tensors are small next to the logits; the core reads them flat in one dtype."""
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
+    """The gradient's buffer: the input's dtype and, when the input is dense, its layout. An op cannot return None."""
+    return torch.empty_like(tensor) if needed else tensor.new_empty(0)

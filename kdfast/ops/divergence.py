@@ -40,7 +40,11 @@ from torch.autograd.function import once_differentiable
 from kdfast import _core
 from kdfast._checks import check_choice, check_dim, check_labels, check_number, check_pair, check_row_tensor
 from kdfast._dispatch import choose, core_reason, debugging
+from kdfast._library import address as _address
 from kdfast._library import compute_dtype, lib, scale_gradient, transforms_active
+from kdfast._library import contiguous as _contiguous
+from kdfast._library import gradient_like as _gradient_like
+from kdfast._library import operand as _operand
 
 KINDS = (
     "forward_kl", "reverse_kl", "jeffreys", "js", "js_rescaled", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha", "dkd", "binary",
@@ -211,28 +215,6 @@ def _(student, teacher, labels, row_temperature, row_weight, kind, a, b, tempera
         _gradient_like(student, need_student),
         _gradient_like(teacher, need_teacher),
     )
-
-
-def _gradient_like(tensor: Tensor, needed: bool) -> Tensor:
-    """The gradient's buffer: the input's dtype and, when the input is dense, its layout. An op cannot return None."""
-    return torch.empty_like(tensor) if needed else tensor.new_empty(0)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return tensor.data_ptr() if tensor is not None and tensor.numel() else 0
-
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-
-
-def _operand(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """What the core needs of a logit tensor: address, dtype code, strides in elements."""
-    return _address(tensor), _DTYPE_CODES[tensor.dtype], tensor.stride()
-
-
-def _contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Per-row tensors are small next to the logits; the core reads them flat in one dtype."""
-    return None if tensor is None else tensor.to(dtype).contiguous()
 
 
 @torch.library.impl(lib, "divergence_rows", "CPU")

@@ -14,13 +14,16 @@ gradient for y computes the scores again. Matrix products are torch.mm on blocks
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast import _core
 from kdfast._checks import check_choice, check_labels, check_number, check_pair
-from kdfast._dispatch import choose
-from kdfast._library import compute_dtype, first_derivative_only, lib, transforms_active
+from kdfast._dispatch import choose, core_reason
+from kdfast._library import address, compute_dtype, first_derivative_only, lib, operand, transforms_active
 
 SIMILARITIES = ("cosine", "dot")
 NORM_FLOOR = 1e-12  # the cosine with a zero vector is 0
@@ -63,7 +66,68 @@ def _operands(x: Tensor, y: Tensor, similarity: str) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-# ---------------------------------------------------------------- registration
+# ---------------------------------------------------------------- cost: registration and autograd
+lib.define("pairwise_cost(Tensor x, Tensor y, int p) -> Tensor")
+# The gradient of the first operand; the second one's is that of (y, x) with the upstream gradient transposed.
+lib.define("pairwise_cost_backward(Tensor grad, Tensor x, Tensor y, int p) -> Tensor")
+
+
+@torch.library.register_fake("kdfast::pairwise_cost")
+def _(x, y, p):
+    return x.new_empty([x.shape[0], x.shape[1], y.shape[1]], dtype=compute_dtype(x, y))
+
+
+@torch.library.register_fake("kdfast::pairwise_cost_backward")
+def _(grad, x, y, p):
+    return x.new_empty(x.shape)
+
+
+def _sizes(x: Tensor, y: Tensor) -> tuple[int, int, int, int]:
+    return x.shape[0], x.shape[1], y.shape[1], x.shape[2]
+
+
+@torch.library.impl(lib, "pairwise_cost", "CPU")
+def _pairwise_cost_cpu(x, y, p):
+    sizes = _sizes(x, y)
+    if 0 in sizes:
+        return x.new_zeros(sizes[:3], dtype=compute_dtype(x, y))
+    cost = x.new_empty(sizes[:3], dtype=compute_dtype(x, y))
+    _core.core.pairwise_cost(*operand(x), *operand(y), sizes, p, address(cost))
+    return cost
+
+
+@torch.library.impl(lib, "pairwise_cost_backward", "CPU")
+def _pairwise_cost_backward_cpu(grad, x, y, p):
+    sizes = _sizes(x, y)
+    if 0 in sizes:
+        return x.new_zeros(x.shape)
+    grad_x = x.new_empty(x.shape)
+    grad = grad.to(compute_dtype(x, y))
+    _core.core.pairwise_cost_backward(address(grad), grad.stride(), *operand(x), *operand(y), sizes, p, address(grad_x))
+    return grad_x
+
+
+class _Cost(torch.autograd.Function):
+    @staticmethod
+    def forward(x, y, p):
+        return torch.ops.kdfast.pairwise_cost.default(x, y, p)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, ctx.p = inputs
+        ctx.save_for_backward(x, y)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        backward = torch.ops.kdfast.pairwise_cost_backward.default
+        grad_x = backward(grad, x, y, ctx.p) if ctx.needs_input_grad[0] else None
+        grad_y = backward(grad.mT, y, x, ctx.p) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_y, None
+
+
+# ---------------------------------------------------------------- InfoNCE: registration and autograd
 lib.define(
     "infonce_rows(Tensor x, Tensor y, Tensor positive, float scale, bool exclude_self, bool need_x) -> (Tensor, Tensor, Tensor)"
 )
@@ -200,7 +264,17 @@ def pairwise_cost(x: Tensor, y: Tensor, *, p: int, backend: str | None = None) -
     _check_points(x, y)
     if p not in (1, 2) or isinstance(p, bool):
         raise ValueError(f"p: expected 1 or 2, got {p!r}")
-    return pairwise_cost_reference(x, y, p=p)
+
+    def cpu() -> str | None:
+        if (why := core_reason()) is not None:
+            return why
+        return None if x.device.type in ("cpu", "meta") else f"the tensors are on {x.device}"
+
+    if choose("pairwise_cost", backend, {"cpu": cpu}, (x, y)) == "reference":
+        return pairwise_cost_reference(x, y, p=p)
+    batch, n, m, width = math.prod(x.shape[:-2]), x.shape[-2], y.shape[-2], x.shape[-1]
+    cost = _Cost.apply(x.reshape(batch, n, width), y.reshape(batch, m, width), p)
+    return cost.reshape(*x.shape[:-1], m)
 
 
 def pairwise_infonce(
