@@ -1,0 +1,459 @@
+"""Distiller: runs student and teacher on a batch, hands both to a method, trains, evaluates, saves and resumes exactly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from accelerate.utils import DataLoaderConfiguration, DistributedType, send_to_device, set_seed
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from kdfast.losses import LossOutput
+from kdfast.methods import Context, load
+from kdfast.metrics import accuracy
+from kdfast.train import checkpoint
+from kdfast.train.capture import capture_outputs, find_module
+from kdfast.train.history import History
+
+Batch = Any
+Forward = Callable[[nn.Module, Batch], Any]
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """Mapping: model(**batch without "labels"); (inputs, labels): model(inputs); else model(batch). `.logits` if it has one."""
+    if isinstance(batch, Mapping):
+        output = model(**{name: value for name, value in batch.items() if name != "labels"})
+    else:
+        output = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    return getattr(output, "logits", output)
+
+
+def labels_of(batch: Batch) -> Tensor | None:
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+
+class _Net(nn.Module):
+    """Both models and the method as one module: one forward, so one wrapper for DDP, one autocast, one state dict."""
+
+    def __init__(self, student, teacher, method, captures, student_forward, teacher_forward) -> None:
+        super().__init__()
+        self.student = student
+        self.trains_teacher = bool(getattr(method, "trains_teacher", False))
+        # In a tuple a module is out of sight of parameters(), state_dict() and train(): the frozen teacher, a plain function.
+        self.hidden = (None if self.trains_teacher else teacher, None if isinstance(method, nn.Module) else method)
+        if self.trains_teacher:
+            self.teacher = teacher
+        if isinstance(method, nn.Module):
+            self.method = method
+        self.captures, self.forwards = captures, (student_forward, teacher_forward)
+
+    def forward(self, batch: Batch, step: int, total_steps: int) -> LossOutput:
+        method: Any = self.hidden[1] or self.method
+        teacher = self.teacher if self.trains_teacher else self.hidden[0]
+        batch = method.prepare(batch) if hasattr(method, "prepare") else batch
+        context = Context(None, None, labels_of(batch), batch, step=step, total_steps=total_steps)
+        if teacher is not None:
+            if not self.trains_teacher and teacher.training:  # somebody called .train() on it
+                teacher.eval()
+            with ExitStack() as stack:
+                stack.enter_context(nullcontext() if self.trains_teacher else torch.no_grad())
+                context.teacher_features = stack.enter_context(capture_outputs(teacher, self.captures[1]))
+                context.teacher = self.forwards[1](teacher, batch)
+        with capture_outputs(self.student, self.captures[0]) as context.student_features:
+            context.student = self.forwards[0](self.student, batch)
+        return method(context)
+
+
+class Distiller:
+    """Trains a student with a teacher and a method, on accelerate.
+
+    Args:
+        student: nn.Module. teacher: nn.Module in eval mode and under no_grad, or None; trained along when the method says so.
+        method: a slug ("kd", see `kdfast methods`), or any callable Context -> LossOutput; a Module is trained along.
+        options: keyword arguments of a method given by its slug. widths: for a method that reads features,
+            {name: (student channels, teacher channels)}.
+        capture: {name: (student path, teacher path)}, dotted module paths; one string when both are alike, None for neither.
+        optimizer: an Optimizer, a list of them, or a callable parameters -> Optimizer. Default AdamW(lr=1e-3).
+        scheduler: callable (optimizer, total_steps) -> LRScheduler, stepped after each optimizer step.
+        accumulate: batches per optimizer step. The step's loss is the mean over all their counted items, on all processes.
+        count: batch -> number of items its loss is a mean of; default: labels other than `ignore_index`, else the batch size.
+        max_grad_norm: clips the gradient's norm. mixed_precision: "no", "bf16" or "fp16" (accelerate's autocast and scaler).
+        student_forward, teacher_forward: (model, batch) -> output; default `call_model` for both.
+        metrics: {name: (predictions, labels) -> float}, default accuracy; predict: output -> predictions, default argmax over
+            the classes: axis 1 of [B, C, ...], the last of [N, C].
+        out: folder for checkpoint/, history.csv, history.json and curves.png. save_every: optimizer steps between checkpoints
+            within an epoch (0: at its end only). log_every: steps per row of the history.
+        seed: of the batch order (seed and epoch decide it) and, at the start of `fit`, of Python, NumPy and torch.
+        trackers: accelerate's `log_with` ("tensorboard", "wandb", ...). accelerator: your own Accelerator; it then decides
+            precision and trackers. progress: a bar.
+
+    >>> distiller = Distiller(student, teacher, "kd", options={"temperature": 2.0}, out="runs/kd")
+    >>> distiller.fit(train_loader, epochs=10, eval_loader=val_loader, resume=True)
+    >>> distiller.save("student.safetensors")
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        method: str | Callable[[Context], LossOutput],
+        *,
+        options: Mapping[str, Any] | None = None,
+        widths: Mapping[str, tuple[int, int]] | None = None,
+        capture: Mapping[str, str | tuple[str | None, str | None]] | None = None,
+        optimizer: Optimizer | list[Optimizer] | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        scheduler: Callable[[Optimizer, int], Any] | None = None,
+        accumulate: int = 1,
+        count: Callable[[Batch], Any] | None = None,
+        ignore_index: int = -100,
+        max_grad_norm: float | None = None,
+        mixed_precision: str = "no",
+        student_forward: Forward = call_model,
+        teacher_forward: Forward | None = None,
+        metrics: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
+        predict: Callable[[Any], Tensor] | None = None,
+        out: str | Path | None = None,
+        save_every: int = 0,
+        log_every: int = 50,
+        seed: int = 0,
+        trackers: Any = None,
+        accelerator: Accelerator | None = None,
+        progress: bool = True,
+    ) -> None:
+        for name, model in (("student", student), ("teacher", teacher)):
+            if not isinstance(model, nn.Module) and (model is not None or name == "student"):
+                raise TypeError(f"{name}: expected an nn.Module, got {type(model).__name__}")
+        if accumulate < 1 or log_every < 1 or save_every < 0:
+            raise ValueError(
+                f"accumulate, log_every: expected >= 1, save_every >= 0; got {accumulate}, {log_every}, {save_every}"
+            )
+        if isinstance(method, str):
+            kind = load(method)
+            method = kind(*([widths or {}] if getattr(kind, "captures", ()) else []), **(options or {}))
+        elif options or widths:
+            raise ValueError("options, widths: only for a method given by its slug; bind them in the method you pass")
+        if getattr(method, "trains_teacher", False) and teacher is None:
+            raise ValueError("teacher: this method trains two networks, got None")
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision=mixed_precision,
+            log_with=trackers,
+            project_dir=str(out) if out else None,
+            # The loader's batch is the whole batch: the same run on any number of processes.
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+        )
+        self.student, self.teacher = student, teacher
+        self.method: Any = method
+        if teacher is not None and not getattr(method, "trains_teacher", False):
+            teacher.eval().to(self.accelerator.device)
+        captures = _split_captures(capture or {}, student, teacher, getattr(method, "captures", ()))
+        net = _Net(student, teacher, method, captures, student_forward, teacher_forward or student_forward)
+        self.net = self.accelerator.prepare(net)
+        self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
+        self.max_grad_norm, self.ignore_index = max_grad_norm, ignore_index
+        self.count = count or self._count_labels
+        self.forward, self.teacher_forward = student_forward, teacher_forward or student_forward
+        self.metrics = metrics or {
+            "accuracy": lambda predictions, labels: accuracy(predictions, labels, ignore_index=ignore_index)
+        }
+        self.predict = predict or (lambda output: output.argmax(1 if output.dim() > 2 else -1))
+        self.out = None if out is None else Path(out)
+        self.save_every, self.log_every, self.seed, self.progress = save_every, log_every, seed, progress
+        self.trackers = trackers is not None or bool(self.accelerator.log_with)
+        self.history = History()
+        # Position: epochs done, batches done in this epoch, optimizer steps done, steps of the whole run (0: unknown).
+        self.epoch = self.batch = self.step = self.total_steps = 0
+        self._optimizers: list[Any] = []
+        self._schedulers: list[Any] = []
+        self._sums: dict[str, Tensor] = {}  # of the rows since the last line of the history
+        self._restored: dict[str, Any] = {}  # what `resume` read and `fit` has yet to put back
+
+    def loss(self, batch: Batch) -> LossOutput:
+        """Student, teacher and method on one batch: for your own loop. Move the parts' step along by setting `step`."""
+        return self.net(send_to_device(batch, self.accelerator.device), self.step, self.total_steps)
+
+    def fit(
+        self, loader: DataLoader, epochs: int, *, eval_loader: DataLoader | None = None, resume: bool = False
+    ) -> History:
+        """Trains up to `epochs` epochs in all. resume=True: goes on from the last checkpoint in `out`, if there is one."""
+        if resume:
+            self.resume()
+        if getattr(loader, "persistent_workers", False):
+            raise ValueError("loader: persistent_workers carry random state that no checkpoint holds; set it to False")
+        loader = self._shard(loader, shuffled=True)
+        sized = not isinstance(loader.dataset, IterableDataset)
+        self.total_steps = epochs * math.ceil(len(loader) / self.accumulate) if sized else 0
+        self._build()
+        if self.trackers:
+            self.accelerator.init_trackers("kdfast", config={"epochs": epochs, "seed": self.seed})
+        if self.step == 0:
+            set_seed(self.seed, device_specific=True)
+        with self._progress() as advance:
+            while self.epoch < epochs:
+                self._train_epoch(loader, advance)
+                if eval_loader is not None:
+                    self._log({f"eval_{name}": value for name, value in self.evaluate(eval_loader).items()})
+                self.epoch, self.batch = self.epoch + 1, 0
+                self._save_checkpoint(checkpoint.rng_state())
+        if self.out is not None and self.accelerator.is_main_process:
+            self.history.write(self.out)
+        if self.trackers:
+            self.accelerator.end_training()
+        return self.history
+
+    @torch.no_grad()
+    def evaluate(self, loader: DataLoader, model: nn.Module | None = None) -> dict[str, float]:
+        """The metrics of the student (or another model) over a loader, all processes together; training mode is restored."""
+        model = model or self.student
+        training = model.training
+        model.eval()
+        predictions, labels = [], []
+        for batch in self._shard(loader, shuffled=False):
+            with self.accelerator.autocast():
+                output = (self.teacher_forward if model is self.teacher else self.forward)(model, batch)
+            found = self.accelerator.gather_for_metrics((self.predict(output), labels_of(batch)))
+            predictions.append(found[0].cpu())
+            labels.append(found[1].cpu())
+        model.train(training)
+        return {name: metric(torch.cat(predictions), torch.cat(labels)) for name, metric in self.metrics.items()}
+
+    def save(self, path: str | Path) -> None:
+        """The student's weights as safetensors, from the main process."""
+        if self.accelerator.is_main_process:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            save_model(self.student, str(path))
+
+    def resume(self) -> bool:
+        """Takes weights, optimizers, history and position from the last checkpoint in `out`; False when there is none."""
+        folder = None if self.out is None else checkpoint.latest(self.out / "checkpoint")
+        if folder is None:
+            return False
+        state = checkpoint.read(folder, "state")
+        self.accelerator.unwrap_model(self.net).load_state_dict(state["net"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.batch, self.step = state["position"]
+        self.history = History(state["history"])
+        rank = checkpoint.read(folder, f"rank-{self.accelerator.process_index}")
+        self._sums = send_to_device(rank["sums"], self.accelerator.device)
+        self._restored = {**rank, "optimizers": state["optimizers"], "schedulers": state["schedulers"]}
+        return True
+
+    # ---------------------------------------------------------------- one epoch, one step
+    def _train_epoch(self, loader: Any, advance: Callable[[], None]) -> None:
+        self.net.train()
+        loader.set_epoch(self.epoch)
+        resumed, self._restored = self._restored, {}
+        if "epoch_rng" in resumed:
+            checkpoint.set_rng_state(resumed["epoch_rng"])
+        epoch_rng = checkpoint.rng_state()
+        batches = self._batches(loader)
+        if "rng" in resumed:
+            checkpoint.set_rng_state(resumed["rng"])
+        while window := list(itertools.islice(batches, self.accumulate)):
+            self._train_step(send_to_device(window, self.accelerator.device))
+            self.batch += len(window)
+            if self.step % self.log_every == 0:
+                self._flush()
+            if self.save_every and self.step % self.save_every == 0:
+                self._save_checkpoint(epoch_rng)
+            advance()
+        if self._sums:
+            self._flush()
+
+    def _batches(self, loader: Any) -> Iterator[Batch]:
+        """The epoch's batches, from where it was left.
+
+        Not accelerate's own iterator: it reads one batch ahead, so random numbers drawn by the dataset would come in another
+        order after a resume. Workers draw theirs from where the epoch began, so with workers the skipped batches are read again.
+        """
+        if self.batch and loader.num_workers == 0 and not isinstance(loader.dataset, IterableDataset):
+            return iter(skip_first_batches(loader, self.batch).base_dataloader)
+        batches = iter(loader.base_dataloader)
+        for _ in range(self.batch):
+            next(batches)
+        return batches
+
+    def _train_step(self, window: list[Batch]) -> None:
+        start = time.perf_counter()
+        processes = self.accelerator.num_processes
+        counts = [torch.as_tensor(self.count(batch), device=self.accelerator.device) for batch in window]
+        total = self.accelerator.reduce(torch.stack(counts).sum(), "sum").clamp_min(1)
+        for index, (batch, number) in enumerate(zip(window, counts)):
+            with nullcontext() if index == len(window) - 1 else self.accelerator.no_sync(self.net):
+                output = self.net(batch, self.step, self.total_steps)
+                share = number.to(output.loss.dtype) / total
+                # DDP takes the mean over processes: times their number it is the sum.
+                self.accelerator.backward(output.loss * (share * processes))
+            for name, value in {"loss": output.loss.detach(), **output.parts}.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach() * share
+        if self.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.net.parameters(), self.max_grad_norm)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if not any(optimizer.step_was_skipped for optimizer in self._optimizers):  # fp16 overflow
+            for scheduler in self._schedulers:
+                scheduler.step()
+        self.step += 1
+        if hasattr(self.method, "after_step"):
+            self.method.after_step(self.student, self.teacher, self.step)
+        one = torch.ones((), device=self.accelerator.device)
+        self._sums["steps"] = self._sums.get("steps", 0.0) + one / processes
+        self._sums["seconds"] = self._sums.get("seconds", 0.0) + one * ((time.perf_counter() - start) / processes)
+
+    def _flush(self) -> None:
+        """One row of the history: means over the steps since the last row, the learning rate, milliseconds per step."""
+        sums = {name: float(self.accelerator.reduce(value, "sum")) for name, value in self._sums.items()}
+        steps, seconds = sums.pop("steps"), sums.pop("seconds")
+        row = {name: value / steps for name, value in sums.items()}
+        row |= {"lr": self._optimizers[0].param_groups[0]["lr"], "ms_per_step": 1000 * seconds / steps}
+        self._sums = {}
+        self._log(row)
+
+    def _log(self, row: dict[str, float]) -> None:
+        self.history.add(step=self.step, epoch=self.epoch, **row)
+        if self.trackers:
+            self.accelerator.log(row, step=self.step)
+
+    # ---------------------------------------------------------------- plumbing
+    def _count_labels(self, batch: Batch) -> Any:
+        labels = labels_of(batch)
+        if labels is not None and not labels.is_floating_point():
+            return (labels != self.ignore_index).sum()
+        values = batch.values() if isinstance(batch, Mapping) else batch
+        first = batch if isinstance(batch, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
+        if first is None:
+            raise ValueError("count: no tensor in the batch to count by; pass count=batch -> number of items")
+        return len(first)
+
+    def _shard(self, loader: DataLoader, *, shuffled: bool) -> Any:
+        """This process's share of a loader; a shuffled one in an order that seed and epoch decide."""
+        accelerator = self.accelerator
+        return prepare_data_loader(
+            loader,
+            device=accelerator.device,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            split_batches=accelerator.split_batches,
+            put_on_device=True,
+            dispatch_batches=False,
+            use_seedable_sampler=shuffled,
+            data_seed=self.seed,
+        )
+
+    def _build(self) -> None:
+        """Optimizers and schedulers, with what a checkpoint says about them."""
+        if not self._optimizers:
+            trainable = [p for p in self.net.parameters() if p.requires_grad]
+            given = self.optimizer or (lambda parameters: AdamW(parameters, lr=1e-3))
+            made = given if isinstance(given, (list, Optimizer)) else given(trainable)
+            made = made if isinstance(made, list) else [made]
+            held = {id(p) for optimizer in made for group in optimizer.param_groups for p in group["params"]}
+            for name in ("method", "teacher"):
+                module = getattr(self.accelerator.unwrap_model(self.net), name, None)
+                if module is not None and any(p.requires_grad and id(p) not in held for p in module.parameters()):
+                    raise ValueError(
+                        f"optimizer: holds not all trainable parameters of the {name}; add them, or pass a callable "
+                        "parameters -> Optimizer, which gets all of them"
+                    )
+            self._optimizers = [self.accelerator.prepare(optimizer) for optimizer in made]
+        if self.scheduler is not None and not self._schedulers:
+            self._schedulers = [self.scheduler(optimizer.optimizer, self.total_steps) for optimizer in self._optimizers]
+        # Optimizers last: a new scheduler has just reset their learning rates.
+        for name, objects in (("schedulers", self._schedulers), ("optimizers", self._optimizers)):
+            saved = self._restored.pop(name, None)
+            for target, state in zip(objects, saved or [], strict=bool(saved)):
+                target.load_state_dict(state)
+
+    def _save_checkpoint(self, epoch_rng: dict[str, Any]) -> None:
+        if self.out is None:
+            return
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"out: exact checkpoints are for one process and DDP, got {self.accelerator.distributed_type.value}; "
+                "pass out=None and use accelerator.save_state"
+            )
+        final = self.out / "checkpoint" / f"step-{self.step:010d}-epoch-{self.epoch:06d}"
+        temporary = final.with_name(final.name + ".tmp")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        rank = {"epoch_rng": epoch_rng, "rng": checkpoint.rng_state(), "sums": self._sums}
+        checkpoint.write(temporary, f"rank-{self.accelerator.process_index}", rank)
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "net": dict(self.accelerator.unwrap_model(self.net).state_dict()),
+                "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+                "schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "position": [self.epoch, self.batch, self.step],
+                "history": self.history.rows,
+            }
+            checkpoint.write(temporary, "state", state)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process and not final.exists():
+            checkpoint.publish(temporary, final)
+            self.history.write(self.out, curves=False)
+
+    def _progress(self) -> Any:
+        return _bar(self) if self.progress and self.accelerator.is_main_process else nullcontext(lambda: None)
+
+
+def _split_captures(
+    capture: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None, wanted: Iterable[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """({name: student path}, {name: teacher path}), every path checked."""
+    missing = [name for name in wanted if name not in capture]
+    if missing:
+        raise ValueError(f"capture: the method reads {', '.join(missing)}; give {{name: (student path, teacher path)}}")
+    sides: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for name, paths in capture.items():
+        pair = (paths, paths if teacher is not None else None) if isinstance(paths, str) else tuple(paths)
+        if len(pair) != 2:
+            raise ValueError(f"capture[{name!r}]: expected (student path, teacher path), got {paths!r}")
+        for side, model, path in zip(sides, (student, teacher), pair):
+            if path is not None:
+                if model is None:
+                    raise ValueError(f"capture[{name!r}]: there is no teacher, so no {path!r} in it")
+                find_module(model, path, f"capture[{name!r}]")
+                side[name] = path
+    return sides
+
+
+def _bar(distiller: Distiller) -> Any:
+    from contextlib import contextmanager
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def bar() -> Iterator[Callable[[], None]]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            task = progress.add_task("training", total=distiller.total_steps or None, completed=distiller.step)
+
+            def advance() -> None:
+                rows = distiller.history.rows  # the last logged loss: reading a new one would wait for the device
+                text = f"epoch {distiller.epoch + 1}" + (
+                    f"  loss {rows[-1]['loss']:.4g}" if rows and "loss" in rows[-1] else ""
+                )
+                progress.update(task, completed=distiller.step, description=text)
+
+            yield advance
+
+    return bar()
