@@ -31,7 +31,9 @@ from kdfast.losses import (
     kd_loss,
 )
 
-HAS_CORE = kdfast.backend_info()["compiled"]
+INFO = kdfast.backend_info()
+HAS_CORE = INFO["compiled"]
+FUSED = HAS_CORE and INFO["forced_backend"] != "reference"  # what backend=None takes
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_CORE, reason="no compiled core"))]
 N, C = 7, 11
 
@@ -527,7 +529,7 @@ def test_bad_logits_raise(value, which):
     width=st.integers(1, 40),
     temperature=st.sampled_from([0.3, 1.0, 4.0]),
     spread=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
-    offset=st.sampled_from([0.0, -5.0, 20.0]),
+    offset=st.sampled_from([0.0, -50.0, 300.0]),
     masked=st.booleans(),
     kind=st.sampled_from(
         ["forward_kl", "reverse_kl", "js", "tvd", "alpha", "jeffreys", "skew_forward_kl", "skew_reverse_kl"]
@@ -544,14 +546,19 @@ def test_any_shape_against_float64(rows, width, temperature, spread, offset, mas
     got = divergence_loss(student, base, **options)
     truth_leaf = student.detach().double().requires_grad_()
     want = divergence_loss(truth_leaf, base.double(), **options, backend="reference")
-    scale = max(1.0, want.item())
-    floor = 2e-5 if HAS_CORE else 3e-3
-    assert got.item() == pytest.approx(want.item(), rel=floor, abs=floor * scale)
     (grad,) = gradient(got, student)
     (truth,) = gradient(want, truth_leaf)
-    torch.testing.assert_close(
-        grad.double(), truth, rtol=1e-3, atol=1e-5 * max(1.0, float(truth.abs().max()) if rows else 1.0)
-    )
-    if HAS_CORE:
+    # float32 carries logits / T to eps relative, which is eps times their size in log q: nothing can be closer than that.
+    # The reference in float32, where it runs, rounds once more and loses the small divergences to cancellation.
+    size = 1 + max((float(x.detach().abs().max()) for x in (student, base)), default=0.0) / temperature if rows else 1.0
+    slack = 8 * torch.finfo(torch.float32).eps * size
+    # tvd is of first order in the difference of the log-sum-exps, so its absolute error is eps like theirs; the kinds of
+    # second order keep their digits (ops/test_accuracy.py).
+    floor = 1e-3 if FUSED and kind != "tvd" else 1.0
+    assert got.item() == pytest.approx(want.item(), rel=slack, abs=slack * floor * temperature**2)
+    if rows:
+        largest = max(float(truth.abs().max()), temperature)  # T q and T p are subtracted
+        torch.testing.assert_close(grad.double(), truth, rtol=slack, atol=slack * largest)
+        assert grad.sum(-1).abs().max() <= slack * largest * width
+    if FUSED:
         assert got.item() >= 0.0
-    assert grad.sum(-1).abs().max() < 1e-4 * max(1.0, float(grad.abs().max())) if rows else True
