@@ -23,6 +23,14 @@ from kdfast.losses.routing import (
     uniform_kl_loss,
     usage_cv_loss,
 )
+from kdfast.losses.selective import (
+    RegionSelection,
+    RegionSelectiveLoss,
+    SelectiveKDLoss,
+    region_selection,
+    region_selective_loss,
+    selective_kd_loss,
+)
 from kdfast.losses.sinkhorn import SinkhornDivergence, SinkhornKDLoss, sinkhorn_divergence, sinkhorn_kd_loss
 
 __all__ = [
@@ -34,7 +42,10 @@ __all__ = [
     "LoadBalancingLoss",
     "LossModule",
     "LossOutput",
+    "RegionSelection",
+    "RegionSelectiveLoss",
     "RouterZLoss",
+    "SelectiveKDLoss",
     "SinkhornDivergence",
     "SinkhornKDLoss",
     "UniformKLLoss",
@@ -45,7 +56,10 @@ __all__ = [
     "importance_load_loss",
     "kd_loss",
     "load_balancing_loss",
+    "region_selection",
+    "region_selective_loss",
     "router_z_loss",
+    "selective_kd_loss",
     "sinkhorn_divergence",
     "sinkhorn_kd_loss",
     "uniform_kl_loss",

@@ -8,11 +8,13 @@ from kdfast.ops.routing import Routing, dense_weights, route_topk, route_topk_re
 from kdfast.ops.routing_experts import grouped_linear, grouped_mlp
 from kdfast.ops.routing_noise import drop_second_choice, jitter, noisy_logits
 from kdfast.ops.routing_plan import Plan, combine, dispatch, expert_capacity, make_plan
+from kdfast.ops.selective import SelectiveKL, selective_kl, selective_kl_reference
 from kdfast.ops.sinkhorn import SinkhornOutput, sinkhorn, sinkhorn_cost, sinkhorn_cost_reference, sinkhorn_reference
 
 __all__ = [
     "Plan",
     "Routing",
+    "SelectiveKL",
     "SinkhornOutput",
     "combine",
     "dense_weights",
@@ -39,6 +41,8 @@ __all__ = [
     "relation_mse_reference",
     "route_topk",
     "route_topk_reference",
+    "selective_kl",
+    "selective_kl_reference",
     "sinkhorn",
     "sinkhorn_cost",
     "sinkhorn_cost_reference",
