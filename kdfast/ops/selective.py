@@ -24,13 +24,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdfast import _core
 from kdfast._checks import check_choice, check_labels, check_number, check_pair
 from kdfast._dispatch import choose, core_reason, debugging
-from kdfast._library import compute_dtype, lib, scale_gradient, transforms_active
-from kdfast.ops.divergence import _address, _contiguous, _gradient_like, _operand, divergence_reference
+from kdfast._library import (
+    address,
+    compute_dtype,
+    contiguous,
+    first_derivative_only,
+    gradient_like,
+    lib,
+    operand,
+    scale_gradient,
+    transforms_active,
+)
+from kdfast.ops.divergence import divergence_reference
 
 NORMALIZERS = ("valid", "selected", "all")
 RELIABILITIES = ("label", "entropy")
@@ -108,7 +117,7 @@ def _outputs(logits_a: Tensor, logits_b: Tensor, labels: Tensor, need_a: bool, n
     return (
         new((), dtype=dtype), new((), dtype=dtype), new(shape, dtype=torch.int8), new(shape, dtype=torch.bool),
         new(shape, dtype=dtype), new(shape, dtype=dtype), new(3, dtype=torch.int64),
-        _gradient_like(logits_a, need_a), _gradient_like(logits_b, need_b), new(2, dtype=dtype),
+        gradient_like(logits_a, need_a), gradient_like(logits_b, need_b), new(2, dtype=dtype),
     )  # fmt: skip
 
 
@@ -122,11 +131,11 @@ def _selective_kl_cpu(
     logits_a, logits_b, labels, temperature, ignore_index, normalizer, reliability, factor, need_a, need_b
 ):
     out = _outputs(logits_a, logits_b, labels, need_a, need_b)
-    labels = _contiguous(labels, torch.int64)
+    labels = contiguous(labels, torch.int64)
     _core.core.selective_kl(
-        *_operand(logits_a), *_operand(logits_b), tuple(logits_a.shape), _address(labels), temperature, ignore_index,
+        *operand(logits_a), *operand(logits_b), tuple(logits_a.shape), address(labels), temperature, ignore_index,
         NORMALIZERS.index(normalizer), RELIABILITIES.index(reliability), factor,
-        *_operand(out[7]), *_operand(out[8]), *(_address(out[i]) for i in (0, 1, 2, 3, 4, 5, 6, 9)),
+        *operand(out[7]), *operand(out[8]), *(address(out[i]) for i in (0, 1, 2, 3, 4, 5, 6, 9)),
     )  # fmt: skip
     return out
 
@@ -152,7 +161,7 @@ class _Selective(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_to_a, grad_to_b, *_):
         grad_a, grad_b, scale = ctx.saved_tensors
         final = [
