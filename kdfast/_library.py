@@ -22,37 +22,68 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+NO_SECOND_DERIVATIVE = (
+    "kdfast: the fused backends have no second derivative (create_graph=True asks for one); "
+    "pass backend='reference' or set KDFAST_BACKEND=reference, which gives every order"
+)
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of a fused op: a second derivative raises and names the way out.
+
+    torch's once_differentiable lets the usual case through: after `g, = grad(loss, student, create_graph=True)` the
+    incoming gradient requires no grad and the logits may not be saved, so a penalty on g is silently taken as a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiled graph refuses by itself
+            return backward(ctx, *grads)
+        if not transforms_active():
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        with torch.no_grad():  # torch.func always builds the graph: refuse when it is used
+            results = backward(ctx, *grads)
+        outputs = results if isinstance(results, tuple) else (results,)
+        outputs = _Refuse.apply(len(outputs), *outputs, *ctx.saved_tensors)
+        return outputs if isinstance(results, tuple) else outputs[0]
+
+    return wrapper
+
+
+class _Refuse(torch.autograd.Function):
+    """The identity on its first n tensors, which depend on all the others; its derivative raises."""
+
+    @staticmethod
+    def forward(n: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:n])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
 def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
     """A stored final gradient times the upstream factor, never in place: with retain_graph the buffer is used again.
 
     On the CPU a factor of exactly 1 (the usual case) costs nothing. The factor is rounded to the gradient's dtype last.
     """
-    if not torch.compiler.is_compiling() and upstream.device.type == "cpu" and upstream.item() == 1.0:
+    if _readable(upstream) and upstream.item() == 1.0:
         return grad
     return grad * upstream.to(grad.dtype) if grad.dtype == torch.float64 else (grad * upstream).to(grad.dtype)
 
 
-def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the backward of a fused op: a second derivative raises, naming the reference backend.
-
-    torch's once_differentiable looks at the upstream gradient alone. Behind an op that is differentiable twice (a
-    normalisation, a projection) that gradient may be a constant while the inputs are not: the second derivative would then
-    be silently wrong. Here it raises in that case too.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Any) -> Any:
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or transforms_active() or torch.compiler.is_compiling():
-            return results
-        outputs = results if isinstance(results, tuple) else (results,)
-        message = "kdfast: the fused backends have no second derivative; pass backend='reference'"
-        fail = torch._C._functions.DelayedError(message.encode(), len(outputs))
-        outputs = fail(*(g if g is None else g.detach().requires_grad_() for g in outputs))
-        return outputs if isinstance(results, tuple) else outputs[0]
-
-    return wrapper
+def _readable(tensor: Tensor) -> bool:
+    """Whether a value may be read at no cost: on the CPU, and neither fake nor being traced."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
 
 
 # ---------------------------------------------------------------- what the core takes: addresses, dtype codes, strides

@@ -35,13 +35,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdfast import _core
 from kdfast._checks import check_choice, check_dim, check_labels, check_number, check_pair, check_row_tensor
 from kdfast._dispatch import choose, core_reason, debugging
 from kdfast._library import address as _address
-from kdfast._library import compute_dtype, lib, scale_gradient, transforms_active
+from kdfast._library import compute_dtype, first_derivative_only, lib, scale_gradient, transforms_active
 from kdfast._library import contiguous as _contiguous
 from kdfast._library import gradient_like as _gradient_like
 from kdfast._library import operand as _operand
@@ -288,7 +287,7 @@ class _Rows(torch.autograd.Function):
         ctx.options = options
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_rows):
         student, teacher, labels, row_temperature, stats = ctx.saved_tensors
         need_student, need_teacher = ctx.needs_input_grad[:2]
@@ -312,7 +311,7 @@ class _Sum(torch.autograd.Function):
         return loss, parts
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad_loss, _):
         need_student, need_teacher = ctx.needs_input_grad[:2]
         grad_student, grad_teacher = ctx.saved_tensors
