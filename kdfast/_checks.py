@@ -1,4 +1,4 @@
-"""Argument checks. Each error names the argument, what was expected and what came (DESIGN, decision 7)."""
+"""Argument checks. Each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend runs an op, and why the others do not (DESIGN, decision 4)."""
+"""Which backend runs an op, and why the others do not."""
 
 from __future__ import annotations
 

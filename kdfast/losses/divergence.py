@@ -35,7 +35,7 @@ def divergence_loss(
         loss = sum_i mask_i weight_i T^2 D_i / sum_i mask_i          (reduction="mean"; T^2 only with scale_t2)
 
     D_i is `kdfast.ops.divergence` of row i, where the kinds are defined. The denominator counts kept rows: all rows of a
-    [B, T, V] or [B, C, H, W] tensor, not the batch (FIELD, trap 10). No kept row: exact 0 with zero gradient.
+    [B, T, V] or [B, C, H, W] tensor, not the batch (docs/traps.md, 10). No kept row: exact 0 with zero gradient.
 
     Args:
         student, teacher: logits, [..., C], or with the classes on axis `dim`. The teacher is detached unless `teacher_grad`.

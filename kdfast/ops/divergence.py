@@ -16,7 +16,7 @@ With x = student / T, z = teacher / T, q = softmax(x), p = softmax(z) and d = lo
                       b = (target, rest) as two classes, ^ = renormalised without the target class
     binary            sum over classes of KL(Bernoulli(sigmoid(z)) || Bernoulli(sigmoid(x))): no softmax
 
-All but dkd and binary are f-divergences, sum q f(p/q), so their gradients have one form (KERNELS 2.1):
+All but dkd and binary are f-divergences, sum q f(p/q), so their gradients have one form:
 
     dL/dx_i = v_i - q_i sum_j v_j,   v = q dL/dq          dL/dz_i = u_i - p_i sum_j u_j,   u = p dL/dp
 
