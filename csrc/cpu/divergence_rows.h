@@ -232,6 +232,9 @@ KD_INLINE double coin_kl(double log_p1, double log_p0, double log_q1, double log
   return total;
 }
 
+// log(1 / (1 + e^-x)); e^-x itself overflows from x = -710 on.
+KD_INLINE double log_sigmoid(double x) { return (x < 0 ? x : 0) - __builtin_log1p(__builtin_exp(x < 0 ? x : -x)); }
+
 template <class T>
 static void prepare_dkd(const Row<T>& row, const LogSums<T>& sums, Prepared<T>& out) {
   const DivergenceCall& call = *row.call;
@@ -245,8 +248,7 @@ static void prepare_dkd(const Row<T>& row, const LogSums<T>& sums, Prepared<T>& 
   if (out.ignored) return;
   // log-probabilities of target (1) and rest (0), from the log-odds
   const double ox = x - lx, oz = z - lz;
-  const double q1 = -__builtin_log1p(__builtin_exp(-ox)), q0 = -__builtin_log1p(__builtin_exp(ox));
-  const double p1 = -__builtin_log1p(__builtin_exp(-oz)), p0 = -__builtin_log1p(__builtin_exp(oz));
+  const double q1 = log_sigmoid(ox), q0 = log_sigmoid(-ox), p1 = log_sigmoid(oz), p0 = log_sigmoid(-oz);
   const double A = call.dkd[0], B = rest_z ? call.dkd[1] : 0;  // no rest in the teacher: nothing to compare
   const double g = q1 > -0.6931 ? __builtin_exp(p0) - __builtin_exp(q0) : __builtin_exp(q1) - __builtin_exp(p1);  // q1 - p1
   out.extra_loss = A * coin_kl(p1, p0, q1, q0);
