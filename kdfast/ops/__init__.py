@@ -10,6 +10,7 @@ from kdfast.ops.routing_noise import drop_second_choice, jitter, noisy_logits
 from kdfast.ops.routing_plan import Plan, combine, dispatch, expert_capacity, make_plan
 from kdfast.ops.selective import SelectiveKL, selective_kl, selective_kl_reference
 from kdfast.ops.sinkhorn import SinkhornOutput, sinkhorn, sinkhorn_cost, sinkhorn_cost_reference, sinkhorn_reference
+from kdfast.ops.token_graph import knn_graph, knn_graph_reference, token_graph_kl, token_graph_kl_reference
 
 __all__ = [
     "Plan",
@@ -26,6 +27,8 @@ __all__ = [
     "grouped_linear",
     "grouped_mlp",
     "jitter",
+    "knn_graph",
+    "knn_graph_reference",
     "make_plan",
     "mmd_bandwidths",
     "noisy_logits",
@@ -47,4 +50,6 @@ __all__ = [
     "sinkhorn_cost",
     "sinkhorn_cost_reference",
     "sinkhorn_reference",
+    "token_graph_kl",
+    "token_graph_kl_reference",
 ]
