@@ -11,6 +11,14 @@ from kdfast.losses.divergence import (
     kd_loss,
 )
 from kdfast.losses.module import LossModule, LossOutput
+from kdfast.losses.relations import (
+    TokenContextLoss,
+    TokenContrastLoss,
+    TokenGraphLoss,
+    token_context_loss,
+    token_contrast_loss,
+    token_graph_loss,
+)
 from kdfast.losses.routing import (
     ImportanceLoadLoss,
     LoadBalancingLoss,
@@ -48,6 +56,9 @@ __all__ = [
     "SelectiveKDLoss",
     "SinkhornDivergence",
     "SinkhornKDLoss",
+    "TokenContextLoss",
+    "TokenContrastLoss",
+    "TokenGraphLoss",
     "UniformKLLoss",
     "UsageCVLoss",
     "distillation_loss",
@@ -62,6 +73,9 @@ __all__ = [
     "selective_kd_loss",
     "sinkhorn_divergence",
     "sinkhorn_kd_loss",
+    "token_context_loss",
+    "token_contrast_loss",
+    "token_graph_loss",
     "uniform_kl_loss",
     "usage_cv_loss",
 ]

@@ -3,7 +3,7 @@
 from kdfast.ops.divergence import divergence, divergence_reference
 from kdfast.ops.mmd import mmd_bandwidths, pairwise_mmd, pairwise_mmd_reference
 from kdfast.ops.pairwise import pairwise_cost, pairwise_cost_reference, pairwise_infonce, pairwise_infonce_reference
-from kdfast.ops.relation import relation_kl, relation_kl_reference, relation_mse, relation_mse_reference
+from kdfast.ops.relation import relation_kl, relation_kl_reference, relation_mse, relation_mse_reference, relation_table
 from kdfast.ops.routing import Routing, dense_weights, route_topk, route_topk_reference
 from kdfast.ops.routing_experts import grouped_linear, grouped_mlp
 from kdfast.ops.routing_noise import drop_second_choice, jitter, noisy_logits
@@ -42,6 +42,7 @@ __all__ = [
     "relation_kl_reference",
     "relation_mse",
     "relation_mse_reference",
+    "relation_table",
     "route_topk",
     "route_topk_reference",
     "selective_kl",

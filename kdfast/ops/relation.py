@@ -32,6 +32,33 @@ KL_KINDS = tuple(kind for kind in KINDS if kind not in ("dkd", "binary"))
 
 
 # ---------------------------------------------------------------- references: the definitions, with every option
+def relation_table(
+    tokens: Tensor,
+    *,
+    relation: str = "softmax",
+    similarity: str = "dot",
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    diagonal: bool = True,
+) -> Tensor:
+    """The relations R of one model's tokens as a table [..., N, N], in plain torch; 0 where a pair is left out.
+
+    tokens: [..., N, D]. Options, defaults and source as in `relation_mse`, which compares two such tables without making them.
+
+    >>> attention = relation_table(torch.randn(2, 49, 64))              # softmax_j(<x_i, x_j> / sqrt(64))
+    """
+    check_choice("relation", relation, MSE_RELATIONS)
+    check_choice("similarity", similarity, SIMILARITIES)
+    if scale is None and not (relation == "softmax" and similarity == "dot"):
+        scale = 1.0
+    keep = _kept_pairs(tokens, mask, diagonal)
+    table = _scores(tokens, compute_dtype(tokens), similarity, scale, mask)
+    if relation == "softmax":
+        some = keep.any(-1, keepdim=True)  # a row without columns would be 0 / 0
+        table = torch.where(keep, table, torch.where(some, -torch.inf, 0.0)).softmax(-1)
+    return torch.where(keep, table, 0.0)
+
+
 def relation_mse_reference(
     student: Tensor,
     teacher: Tensor,
@@ -44,15 +71,9 @@ def relation_mse_reference(
     row_weight: Tensor | None = None,
 ) -> Tensor:
     """`relation_mse` in plain torch, from both whole score tables."""
-    default = scale if scale is not None or (relation == "softmax" and similarity == "dot") else 1.0
-    keep = _kept_pairs(student, mask, diagonal)
-    tables = []
-    for tokens in (student, teacher):
-        scores = _scores(tokens, compute_dtype(student, teacher), similarity, default, mask)
-        if relation == "softmax":
-            some = keep.any(-1, keepdim=True)  # a row without columns would be 0 / 0
-            scores = torch.where(keep, scores, torch.where(some, -torch.inf, 0.0)).softmax(-1)
-        tables.append(torch.where(keep, scores, 0.0))
+    dtype = compute_dtype(student, teacher)
+    options = dict(relation=relation, similarity=similarity, scale=scale, mask=mask, diagonal=diagonal)
+    tables = [relation_table(tokens.to(dtype), **options) for tokens in (student, teacher)]
     rows = (tables[0] - tables[1]).square().sum(-1)
     return _weighted(rows, mask, row_weight)
 
