@@ -21,7 +21,7 @@ from benchmarks import cases, machine
 from benchmarks.case import COMPILED, MODES, OURS, PLAIN, Case, Inputs
 
 CASES = cases.load()
-BUDGET = float(os.environ.get("KDFAST_BENCH_BUDGET", "4"))  # seconds per case and mode, all candidates together
+BUDGET = float(os.environ.get("KDFAST_BENCH_BUDGET", "3"))  # seconds per case and mode, all candidates together
 ROUNDS = (7, 61)  # at least, at most
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import cases
 from benchmarks.case import ALLOCATORS, COMPILED, OURS, PLAIN, Case
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, fingerprint
 
 RESULTS = Path(__file__).with_name("results")
 PAGE, IMAGES, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "img", ROOT / "README.md"
@@ -117,11 +117,18 @@ def case_section(result: dict) -> list[str]:
             )
     if result.get("missing_peers"):
         lines += ["", f"Not installed here: {', '.join(result['missing_peers'])}."]
-    row = ours or result["rows"][0]
+    row, load = ours or result["rows"][0], result["environment"]["load_before"]
+    if load > 1.5 * row["cores"]:
+        lines += [
+            "",
+            f"The machine was busy (load {load} on {row['cores']} cores): measure again before you trust these.",
+        ]
+    if result["fingerprint"] != fingerprint():
+        lines += ["", "Measured before the last change of the sources."]
     lines += [
         "",
         f"{row['device']}, {row['cores']} cores, {row['threads']} threads, {row['isa']}; torch {row['torch']}, kdfast {row['kdfast']} at "
-        f"{row['commit']}; load before the run {result['environment']['load_before']}; tests: {result['tests']}",
+        f"{row['commit']}; load before the run {load}; tests: {result['tests']}",
         "",
     ]
     return lines
@@ -154,6 +161,7 @@ def plots(found: dict[str, dict]) -> list[str]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     IMAGES.mkdir(parents=True, exist_ok=True)
     shown = {name: r for name, r in found.items() if r.get("rows")}
@@ -166,17 +174,21 @@ def plots(found: dict[str, dict]) -> list[str]:
     for axis, allocator in zip(axes, ALLOCATORS):
         for offset, (candidate, colour) in enumerate(((PLAIN, "#4878a8"), (COMPILED, "#e0a030"))):
             rows = [pick(r, candidate, "fwd+bwd", allocator) for r in shown.values()]
-            values = [row["ratio"] if row else 0 for row in rows]
-            bars = axis.barh([i + 0.4 * offset for i in range(len(rows))], values, 0.38, color=colour, label=candidate)
-            axis.bar_label(bars, [times(v) if v else "" for v in values], padding=2, fontsize=8)
+            values = [row["ratio"] if row else 1.0 for row in rows]  # bars start at 1: to the left of it we lose
+            places = [i + 0.4 * offset for i in range(len(rows))]
+            bars = axis.barh(places, [v - 1 for v in values], 0.38, left=1.0, color=colour, label=candidate)
+            axis.bar_label(bars, [times(row["ratio"]) if row else "" for row in rows], padding=2, fontsize=8)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
-        axis.set_title(f"{allocator} allocator")
+        axis.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 5, 10, 20, 50, 100]))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.set_title(f"{allocator} allocator", fontsize=10)
         axis.set_xlabel("time / time of kdfast, forward + backward")
         axis.margins(x=0.15)
     axes[0].set_yticks([i + 0.2 for i in range(len(shown))], labels, fontsize=8)
     axes[0].invert_yaxis()
-    axes[0].legend(loc="lower right", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper left", fontsize=8)
     figure.tight_layout()
     figure.savefig(IMAGES / "speed.png", dpi=110)
     plt.close(figure)
