@@ -134,7 +134,7 @@ def _selective_kl_cpu(
     labels = contiguous(labels, torch.int64)
     _core.core.selective_kl(
         *operand(logits_a), *operand(logits_b), tuple(logits_a.shape), address(labels), temperature, ignore_index,
-        NORMALIZERS.index(normalizer), RELIABILITIES.index(reliability), factor,
+        NORMALIZERS.index(normalizer), reliability == "entropy", factor,
         *operand(out[7]), *operand(out[8]), *(address(out[i]) for i in (0, 1, 2, 3, 4, 5, 6, 9)),
     )  # fmt: skip
     return out
@@ -163,7 +163,7 @@ class _Selective(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_to_a, grad_to_b, *_):
-        grad_a, grad_b, scale = ctx.saved_tensors
+        grad_a, grad_b, scale = ctx.saved_tensors[:3]
         final = [
             scale_gradient(grad, upstream * scale[i] if grad.dtype == torch.float16 else upstream)
             if ctx.needs_input_grad[i] and upstream is not None
@@ -183,6 +183,8 @@ class _SelectiveTransform(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _Selective._save(ctx, output)
+        # the inputs too: a second derivative is refused where it would reach them
+        ctx.save_for_backward(*output[_OUTPUTS:], *inputs[:2])
 
     @staticmethod
     def backward(ctx, grad_to_a, grad_to_b, *_):
@@ -288,13 +290,12 @@ def _check_label_values(labels: Tensor, classes: int, ignore_index: int) -> None
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if bool(bad.any()):
         raise ValueError(
-            f"labels: expected values from 0 to {classes - 1} or ignore_index={ignore_index}, got {int(labels[bad][0])}"
+            f"labels: expected integers in [0, {classes}) or ignore_index={ignore_index}, got {int(labels[bad][0])} "
+            f"at pixel {int(bad.flatten().nonzero()[0])}"
         )
 
 
 def _cpu_reason(logits: Tensor) -> str | None:
     if (why := core_reason()) is not None:
         return why
-    if not hasattr(_core.core, "selective_kl"):
-        return "the compiled core has no selective_kl"
     return None if logits.device.type in ("cpu", "meta") else f"the tensors are on {logits.device}"

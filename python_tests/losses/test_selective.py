@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from modes import check_mode
 
 from kdfast.losses import (
     RegionSelectiveLoss,
@@ -179,19 +180,15 @@ def test_twins_bind_options_and_pickle():
         SelectiveKDLoss(tempreature=2.0)
 
 
-def test_compile_fullgraph():
-    tensors = case()
+@pytest.mark.parametrize("mode", ["fake", "export", "compile", "func.grad", "checkpoint"])
+def test_modes(mode):
+    *tensors, labels = case()
 
-    def step(feat_a, feat_b, a, b, labels):
-        return (
-            selective_kd_loss(a, b, labels).loss + region_selective_loss(feat_a, feat_b, a, b, labels, grid=(2, 2)).loss
-        )
+    def losses(feat_a, feat_b, a, b):
+        region = region_selective_loss(feat_a, feat_b, a, b, labels, grid=(2, 2))
+        return selective_kd_loss(a, b, labels).loss + region.loss
 
-    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors)
-    torch.testing.assert_close(loss, step(*tensors))
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, tensors[:4]), torch.autograd.grad(step(*tensors), tensors[:4])
-    )  # fmt: skip
+    check_mode(mode, losses, tensors)
 
 
 @pytest.mark.parametrize(

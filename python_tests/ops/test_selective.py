@@ -5,16 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
+from modes import MODES, _quiet, check_mode
+from tolerances import check_against_reference
 
 from kdfast import _core, debug
 from kdfast.ops import selective_kl, selective_kl_reference
 
 F64 = torch.float64
-HAS_KERNEL = hasattr(_core.core, "selective_kl")
+HAS_KERNEL = _core.core is not None
 BACKENDS = ["reference", "cpu"] if HAS_KERNEL else ["reference"]
+kernel = pytest.mark.skipif(not HAS_KERNEL, reason="needs the compiled core")
 both_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -254,61 +256,41 @@ def test_label_dtypes_and_strides(backend, labels_dtype):
     assert torch.equal(selective_kl(a, b, other, ignore_index=-1, backend=backend).loss_to_a, want.loss_to_a)
 
 
-def budget(got, same, truth, unit):
-    """Every element: error at most that of the plain form in the same dtype, plus a few rounding units of its size."""
-    got, same, truth = (t.detach().double() for t in (got, same, truth))
-    floor = 4 * unit * truth.abs() + 1e-7 * unit * float(truth.abs().max())
-    excess = (got - truth).abs() - (same - truth).abs() - floor
-    assert float(excess.max()) <= 0, f"{float(excess.max()):.3g} over the budget"
-
-
-@both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("temperature, scale", [(1.0, 2.0), (3.0, 10.0), (1.0, 1e-2)])
-@pytest.mark.parametrize("normalizer", ["valid", "selected"])
-def test_error_budget_against_float64(backend, dtype, temperature, scale, normalizer):
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature, scale", [(1.0, 2.0), (3.0, 10.0), (1.0, 0.5)])
+@pytest.mark.parametrize("options", [{}, {"normalizer": "selected"}, {"reliability": "entropy"}], ids=str)
+@kernel
+def test_error_budget_against_float64(dtype, temperature, scale, options):
     a, b, labels = maps((2, 19, 16, 16), dtype=dtype, scale=scale)
-    options = {"temperature": temperature, "normalizer": normalizer}
-
-    def run(convert, backend):
-        x, y = (z.detach().to(convert).requires_grad_() for z in (a, b))
-        out = selective_kl(x, y, labels, backend=backend, **options)
-        return out, torch.autograd.grad(out.loss_to_a + out.loss_to_b, (x, y))
-
-    (truth, truth_grads), (same, same_grads), (got, got_grads) = (
-        run(F64, "reference"), run(dtype, "reference"), run(dtype, backend),
-    )  # fmt: skip
-    # The direction is a comparison of two numbers: it must agree except where they differ by rounding alone.
+    options = options | {"temperature": temperature}
+    # The direction is a comparison of two numbers; where rounding decides it, there is nothing to compare.
+    truth = selective_kl_reference(a.detach().double(), b.detach().double(), labels, **options)
     gap = (truth.reliability_a - truth.reliability_b).abs()
-    clear = gap > 1e-5 * (1 + truth.reliability_a)
-    assert torch.equal(got.direction[clear], truth.direction[clear]) and int(clear.sum()) > 0.9 * clear.numel() / 1.3
-    unit = torch.finfo(dtype).eps
-    assert got.loss_to_a.dtype == torch.float32 and got_grads[0].dtype == dtype
-    agree = (got.direction == truth.direction) & (same.direction == truth.direction)
-    for mine, plain, exact in zip(got_grads, same_grads, truth_grads):
-        keep = agree.unsqueeze(1).expand_as(mine)
-        budget(mine[keep], plain[keep], exact[keep], unit)
-    if bool(agree.all()):
-        f32 = torch.finfo(torch.float32).eps
-        budget(torch.stack(got[:2]), torch.stack(same[:2]), torch.stack(truth[:2]), 8 * f32)
-        budget(got.reliability_a, same.reliability_a, truth.reliability_a, f32)
+    labels = labels.where(gap > 3e-6 * (1 + truth.reliability_a), 255)
+    assert int((labels != 255).sum()) > 380
+    check_against_reference(
+        lambda a, b: selective_kl(a, b, labels, backend="cpu", **options),
+        lambda a, b: selective_kl_reference(a, b, labels, **options),
+        (a, b),
+    )
+    got = selective_kl(a, b, labels, backend="cpu", **options)
+    assert torch.equal(got.direction, selective_kl_reference(a.double(), b.double(), labels, **options).direction)
 
 
-@pytest.mark.skipif(not HAS_KERNEL, reason="needs the compiled core")
+@kernel
 def test_small_losses_keep_their_digits():
     """Two models that nearly agree: the plain float32 form loses the KL to cancellation, the kernel must not."""
     generator = torch.Generator().manual_seed(1)
     a = torch.randn(1, 19, 32, 32, generator=generator)
     b = a + 1e-3 * torch.randn(a.shape, generator=generator)
-    labels = torch.randint(19, (1, 32, 32), generator=generator)
-    truth = selective_kl_reference(a.double(), b.double(), labels)
-    got = selective_kl(a, b, labels, backend="cpu")
-    # Directions at float32 rounding may differ in a pixel or two, which moves the sums by as much.
-    differ = int((got.direction != truth.direction).sum())
-    assert differ < 10
-    total, want = (got.loss_to_a + got.loss_to_b).item(), (truth.loss_to_a + truth.loss_to_b).item()
-    assert 1e-7 < want < 1e-6 and abs(total - want) < 2e-4 * want
-    assert got.loss_to_a.item() >= 0 and got.loss_to_b.item() >= 0
+    got = selective_kl(a, b, torch.randint(19, (1, 32, 32), generator=generator), backend="cpu")
+    # the truth with the kernel's own directions: with so small a gap a few pixels are ties in float32
+    for loss, side, student, teacher in ((got.loss_to_a, 1, a, b), (got.loss_to_b, -1, b, a)):
+        kl = F.kl_div(
+            student.double().log_softmax(1), teacher.double().log_softmax(1), reduction="none", log_target=True
+        )
+        want = kl.sum(1)[got.direction == side].sum().item() / 1024
+        assert 1e-7 < want < 1e-6 and abs(loss.item() - want) < 1e-4 * want
 
 
 @both_backends
@@ -374,16 +356,7 @@ def test_reference_gradcheck_and_second_derivative():
     assert loss(a).item() > 0
 
 
-@pytest.mark.skipif(not HAS_KERNEL, reason="needs the compiled core")
-def test_double_backward_raises_on_the_kernel():
-    a, b, labels = maps()
-    out = selective_kl(a, b, labels, backend="cpu")
-    (grad,) = torch.autograd.grad(out.loss_to_a, a, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"backend=.reference."):
-        grad.sum().backward()
-
-
-@pytest.mark.skipif(not HAS_KERNEL, reason="needs the compiled core")
+@kernel
 def test_no_gradient_is_made_under_no_grad(monkeypatch):
     a, b, labels = maps()
     asked = []
@@ -398,85 +371,32 @@ def test_no_gradient_is_made_under_no_grad(monkeypatch):
     assert asked == [(False, False), (False, False), (False, True)]
 
 
-@both_backends
-def test_fake_and_meta(backend):
-    a, b, labels = maps(requires_grad=False)
-    out = selective_kl(a.to("meta"), b.to("meta"), labels.to("meta"), backend=backend)
-    want = selective_kl(a, b, labels, backend=backend)
-    assert [(t.shape, t.dtype) for t in out] == [(t.shape, t.dtype) for t in want]
-    with FakeTensorMode() as mode:
-        x, y = (mode.from_tensor(z).requires_grad_() for z in (a, b))
-        out = selective_kl(x, y, mode.from_tensor(labels), backend=backend)
-        (out.loss_to_a + out.loss_to_b).backward()
-        assert x.grad.shape == a.shape
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "normalizer": "selected"}], ids=str)
+@kernel
+def test_modes(mode, options):
+    a, b, labels = maps()
+    check_mode(mode, lambda a, b, labels: selective_kl(a, b, labels, backend="cpu", **options), (a, b, labels))
 
 
-@both_backends
-def test_compile_fullgraph(backend):
+@kernel
+def test_inductor():
     a, b, labels = maps()
 
     def step(a, b, labels):
-        out = selective_kl(a, b, labels, temperature=2.0, backend=backend)
+        out = selective_kl(a, b, labels, backend="cpu")
         return out.loss_to_a + 2 * out.loss_to_b, out.direction
 
-    loss, direction = torch.compile(step, fullgraph=True, backend="aot_eager")(a, b, labels)
+    with _quiet():
+        loss, direction = torch.compile(step, fullgraph=True)(a, b, labels)
+        got = torch.autograd.grad(loss, (a, b))
     want, same = step(a, b, labels)
     torch.testing.assert_close(loss, want)
     assert torch.equal(direction, same)
-    torch.testing.assert_close(torch.autograd.grad(loss, (a, b)), torch.autograd.grad(want, (a, b)))
+    torch.testing.assert_close(got, torch.autograd.grad(want, (a, b)))
 
 
-@both_backends
-def test_export(backend):
-    class Step(torch.nn.Module):
-        def forward(self, a, b, labels):
-            return selective_kl(a, b, labels, backend=backend).loss_to_a
-
-    a, b, labels = maps(requires_grad=False)
-    exported = torch.export.export(Step(), (a, b, labels)).module()
-    torch.testing.assert_close(exported(a, b, labels), Step()(a, b, labels))
-
-
-@both_backends
-def test_func_grad(backend):
-    a, b, labels = maps()
-    _, grads, _ = closed_form(a, b, labels)
-
-    def loss(a, b):
-        out = selective_kl(a, b, labels, backend=backend)
-        return 2.0 * out.loss_to_a + out.loss_to_b
-
-    got = torch.func.grad(loss, argnums=(0, 1))(a.detach(), b.detach())
-    torch.testing.assert_close(got, (2 * grads[0], grads[1]))
-
-
-@both_backends
-def test_checkpoint(backend):
-    a, b, labels = maps()
-    _, grads, _ = closed_form(a, b, labels)
-
-    def loss(a, b):
-        out = selective_kl(a * 1.0, b * 1.0, labels, backend=backend)
-        return out.loss_to_a + out.loss_to_b
-
-    torch.utils.checkpoint.checkpoint(loss, a, b, use_reentrant=False).backward()
-    torch.testing.assert_close(a.grad, grads[0])
-
-
-@pytest.mark.skipif(not HAS_KERNEL, reason="needs the compiled core")
-def test_opcheck_and_every_output_is_written():
-    a, b, labels = maps((2, 5, 9, 31))
-    args = (a.detach(), b.detach(), labels, 2.0, 255, "selected", "entropy", 1.0, True, True)
-    torch.library.opcheck(torch.ops.kdfast.selective_kl.default, args)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-    try:
-        for out in torch.ops.kdfast.selective_kl.default(*args):
-            assert not out.double().isnan().any()
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.skipif(not HAS_KERNEL, reason="needs the compiled core")
+@kernel
 def test_the_same_bits_for_any_number_of_threads():
     a, b, labels = maps((2, 19, 96, 64), dtype=torch.float32)
     before, seen = torch.get_num_threads(), []
@@ -493,7 +413,6 @@ def test_the_same_bits_for_any_number_of_threads():
 
 # ---------------------------------------------------------------- property test
 @both_backends
-@settings(max_examples=200, deadline=None)
 @given(
     batch=st.integers(1, 3), classes=st.integers(2, 40), height=st.integers(1, 5), width=st.integers(1, 37),
     scale=st.sampled_from([1e-6, 1.0, 30.0, 3e4]), temperature=st.sampled_from([0.3, 1.0, 5.0]),
@@ -567,7 +486,9 @@ def test_bad_options(options, error, message):
 def test_a_bad_label_is_named(backend, bad):
     labels = Y.clone()
     labels[0, 1, 0] = bad
-    with pytest.raises(ValueError, match=f"labels: expected values from 0 to 2 or ignore_index=255, got {bad}"):
+    with pytest.raises(
+        ValueError, match=rf"labels: expected integers in \[0, 3\) or ignore_index=255, got {bad} at pixel 2"
+    ):
         selective_kl(Z, Z, labels, backend=backend)
 
 
@@ -587,7 +508,7 @@ def test_bad_logits_are_not_hidden(bad):
     out = selective_kl_reference(a, b, labels)
     assert out.loss_to_a.isnan() and out.loss_to_b.isnan()
     if HAS_KERNEL:
-        with pytest.raises(ValueError, match="logits_b: expected finite values or -inf"):
+        with pytest.raises(ValueError, match=r"logits_b: expected finite logits .* at row 3"):
             selective_kl(a, b, labels, backend="cpu")
 
 
