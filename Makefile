@@ -1,16 +1,75 @@
-# make demo: install and run the main job.  make test: install and run every check.  Torch is pinned in one place:
+# make demo: install and run the main job.  make test: install and run every test.  Torch is pinned in one place:
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
+VENV ?= .venv
 
-.PHONY: core
-# The compiled core next to the Python sources, incremental: for development (uses the active environment).
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Development targets use the active environment if there is one.
+ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
+
+.PHONY: demo test test-isa sanitize lint check-install wheel bench core clean
+
+# The environment: an editable install with the compiled core next to the sources, again when sources of the core change.
+# The test extra holds only what a first run needs; pip takes the build tools into an environment of its own.
+$(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	KDFAST_CORE=1 $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[train,test,lint]"
+	touch $@
+
+# The main job: trains a teacher, then students with labels alone, with plain KD and with the method, over 5 seeds.
+# Ends with the path of the report. DEMO: options that win, `make demo DEMO="--method kd --seeds 1"`.
+demo: $(READY)
+	$(BIN)/kdfast distill --data digits --method sinkd --seeds 5 --out runs/demo $(DEMO)
+
+# The whole suite, on the compiled core. ARGS: more for pytest, `make test ARGS="-k sinkhorn"`.
+test: $(READY)
+	KDFAST_EXPECT_CORE=1 $(BIN)/pytest -q $(ARGS)
+
+# The tests of the ops on every instruction set below the best one, which `make test` ran; never above the machine's.
+test-isa: $(READY)
+	set -e; for isa in $$($(BIN)/python -c "import kdfast; print(*kdfast.backend_info()['cpu']['isas'][:-1])"); do \
+	  echo "== KDFAST_CPU_ISA=$$isa"; \
+	  KDFAST_CPU_ISA=$$isa KDFAST_EXPECT_CORE=1 $(BIN)/pytest -q python_tests/ops python_tests/test_core.py -k "not inductor" $(ARGS); \
+	done
+
+# The ops' tests on a core with AddressSanitizer and UndefinedBehaviorSanitizer. -k: a compiler would inherit the preload.
+# The package is a folder of links to the sources beside the sanitized core, found first through PYTHONPATH.
+SANITIZED := $(CURDIR)/build/sanitize/package
+sanitize: $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "pybind11>=2.13" "cmake>=3.24" ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DKDFAST_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -c 'import pybind11; print(pybind11.get_cmake_dir())') > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/kdfast && ln -s $(CURDIR)/kdfast/* $(SANITIZED)/kdfast/ && rm -f $(SANITIZED)/kdfast/_C*
+	cp build/sanitize/_C*.so $(SANITIZED)/kdfast/
+	PYTHONPATH=$(SANITIZED) KDFAST_EXPECT_CORE=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  $(BIN)/pytest -q python_tests/ops python_tests/test_core.py -p no:cacheprovider -k "not inductor" $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Isolated, offline, archive, without a core, without a compiler: each tried for real, in build/install.
+check-install: $(READY)
+	$(BIN)/python tools/check_install.py
+
+wheel: $(READY)
+	KDFAST_CORE=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps -w dist .
+
+# Measures what has no result for these sources, then docs/benchmarks.md, its plots and the README table. CASE="a b": these again.
+bench: $(if $(VIRTUAL_ENV),,$(READY))
+	$(ACTIVE) -m benchmarks.run $(CASE)
+
+# The compiled core next to the Python sources, incremental: for development (needs pybind11, cmake and ninja).
 core:
-	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$(command -v python) \
-	  -Dpybind11_DIR=$$(python -c 'import pybind11; print(pybind11.get_cmake_dir())') $(CMAKE_ARGS) > /dev/null
+	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$(command -v $(ACTIVE)) \
+	  -Dpybind11_DIR=$$($(ACTIVE) -c 'import pybind11; print(pybind11.get_cmake_dir())') $(CMAKE_ARGS) > /dev/null
 	cmake --build build/dev
 	cp build/dev/_C*.so kdfast/
 
-.PHONY: bench
-# Measures what has no result for these sources, then docs/benchmarks.md, its plots and the README table. CASE="a b": these again.
-bench:
-	python -m benchmarks.run $(CASE)
+clean:
+	rm -rf build dist kdfast/_C*.so $(VENV)
