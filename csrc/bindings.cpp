@@ -15,6 +15,7 @@ namespace kdfast {
 
 void bind_divergence(py::module_& m);
 void bind_pairwise(py::module_& m);
+void bind_routing(py::module_& m);
 void bind_selective(py::module_& m);
 void bind_token_graph(py::module_& m);
 
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
   kdfast::bind_machine(m);
   kdfast::bind_divergence(m);
   kdfast::bind_pairwise(m);
+  kdfast::bind_routing(m);
   kdfast::bind_selective(m);
   kdfast::bind_token_graph(m);
 }
