@@ -40,9 +40,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number
-from kdfast._dispatch import choose, debugging
-from kdfast._library import compute_dtype
+from kdfast._dispatch import choose, core_reason, debugging
+from kdfast._library import (
+    address,
+    compute_dtype,
+    contiguous,
+    first_derivative_only,
+    lib,
+    operand,
+    transforms_active,
+)
 
 ORDERS = ("rows_first", "columns_first")
 UPDATES = ("alternate", "average")
@@ -172,6 +181,150 @@ def _largest_change(f: Tensor, new_f: Tensor, g: Tensor, new_g: Tensor, order: s
     return change_f if order == "rows_first" else change_g
 
 
+# ---------------------------------------------------------------- registration
+# Shared tail of both schemas: epsilon, n_iters, the order, lam of equations (2) and (3).
+_TAIL = "float epsilon, int n_iters, bool rows_first, float lam_a, float lam_b"
+
+# plan, f, g are empty unless `need_plan`, value unless not; saved [batch, n_iters, N + M]: f / epsilon and g / epsilon after
+# every iteration, for the backward, in float64 (csrc/cpu/sinkhorn.h).
+lib.define(
+    f"sinkhorn(Tensor cost, Tensor? a, Tensor? b, {_TAIL}, float tol, bool need_plan, bool need_saved) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+lib.define(
+    "sinkhorn_backward(Tensor cost, Tensor? a, Tensor? b, Tensor iterations, Tensor saved, Tensor? grad_value, "
+    f"Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, {_TAIL}, bool envelope) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _outputs(cost: Tensor, a, b, n_iters: int, need_plan: bool, need_saved: bool) -> tuple[Tensor, ...]:
+    """value, plan, f, g, iterations, saved"""
+    dtype = compute_dtype(cost, *(w for w in (a, b) if w is not None))
+    batch, (n, m) = cost.shape[:-2], cost.shape[-2:]
+    new = cost.new_empty
+    return (
+        new(0 if need_plan else batch, dtype=dtype),
+        new([*batch, n, m] if need_plan else 0, dtype=dtype),
+        new([*batch, n] if need_plan else 0, dtype=dtype),
+        new([*batch, m] if need_plan else 0, dtype=dtype),
+        new(batch, dtype=torch.int64),
+        new([*batch, n_iters, n + m] if need_saved else 0, dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("kdfast::sinkhorn")
+def _(cost, a, b, epsilon, n_iters, rows_first, lam_a, lam_b, tol, need_plan, need_saved):
+    return _outputs(cost, a, b, n_iters, need_plan, need_saved)
+
+
+def _gradients(cost: Tensor, a, b) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(cost), *(cost.new_empty(0) if w is None else w.new_empty(w.shape) for w in (a, b))
+
+
+@torch.library.register_fake("kdfast::sinkhorn_backward")
+def _(cost, a, b, iterations, saved, grad_value, grad_plan, grad_f, grad_g, epsilon, n_iters, rows_first, lam_a, lam_b, envelope):  # fmt: skip
+    return _gradients(cost, a, b)
+
+
+@torch.library.impl(lib, "sinkhorn", "CPU")
+def _sinkhorn_cpu(cost, a, b, epsilon, n_iters, rows_first, lam_a, lam_b, tol, need_plan, need_saved):
+    out = _outputs(cost, a, b, n_iters, need_plan, need_saved)
+    value, plan, f, g, iterations, saved = out
+    a, b = contiguous(a, f.dtype), contiguous(b, f.dtype)
+    _core.core.sinkhorn_forward(
+        *operand(cost), cost.shape, f.dtype == torch.float64, address(a), address(b), epsilon, n_iters, rows_first, lam_a, lam_b,
+        tol, address(plan), address(value), address(f), address(g), address(saved), address(iterations),
+    )  # fmt: skip
+    return out
+
+
+@torch.library.impl(lib, "sinkhorn_backward", "CPU")
+def _sinkhorn_backward_cpu(cost, a, b, iterations, saved, grad_value, grad_plan, grad_f, grad_g, epsilon, n_iters, rows_first,
+                           lam_a, lam_b, envelope):  # fmt: skip
+    dtype = compute_dtype(cost, *(w for w in (a, b) if w is not None))
+    grad_cost, grad_a, grad_b = _gradients(cost, a, b)
+    a, b = contiguous(a, dtype), contiguous(b, dtype)
+    grads = [contiguous(t, dtype) for t in (grad_plan, grad_value, grad_f, grad_g)]
+    _core.core.sinkhorn_backward(
+        *operand(cost), cost.shape, dtype == torch.float64, address(a), address(b), epsilon, n_iters, rows_first, lam_a, lam_b,
+        address(saved), address(iterations), *(address(t) for t in grads), envelope, *operand(grad_cost), address(grad_a),
+        address(grad_b),
+    )  # fmt: skip
+    return grad_cost, grad_a, grad_b
+
+
+# ---------------------------------------------------------------- autograd
+_op = torch.ops.kdfast.sinkhorn.default
+_backward_op = torch.ops.kdfast.sinkhorn_backward.default
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Saves the cost and n_iters (N + M) potentials per problem; the backward makes the kernel matrix again."""
+
+    @staticmethod
+    def forward(ctx, cost, a, b, options, tol, need_plan, envelope):
+        outputs = _op(cost, a, b, *options, tol, need_plan, True)
+        _Sinkhorn._save(ctx, cost, a, b, options, envelope, outputs)
+        return outputs
+
+    @staticmethod
+    def _save(ctx, cost, a, b, options, envelope, outputs):
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[4:])
+        ctx.save_for_backward(cost, a, b, *outputs[4:])
+        ctx.options = (*options, envelope)
+        ctx.empty = [t.numel() == 0 for t in outputs[:4]]
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_value, grad_plan, grad_f, grad_g, *_):
+        cost, a, b, iterations, saved = ctx.saved_tensors
+        grads = [None if empty else g for g, empty in zip((grad_value, grad_plan, grad_f, grad_g), ctx.empty)]
+        grad_cost, grad_a, grad_b = _backward_op(cost, a, b, iterations, saved, *grads, *ctx.options)
+        needs = ctx.needs_input_grad
+        return (
+            grad_cost if needs[0] else None,
+            grad_a if needs[1] else None,
+            grad_b if needs[2] else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+class _SinkhornTransform(torch.autograd.Function):
+    """`_Sinkhorn` in the form torch.func transforms ask for."""
+
+    @staticmethod
+    def forward(cost, a, b, options, tol, need_plan, envelope):
+        return _op(cost, a, b, *options, tol, need_plan, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        cost, a, b, options, _, _, envelope = inputs
+        _Sinkhorn._save(ctx, cost, a, b, options, envelope, output)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _Sinkhorn.backward(ctx, *grads)
+
+
+def _solve(cost, a, b, epsilon, n_iters, order, rho, tol, need_plan, envelope) -> tuple[Tensor, ...]:
+    """value, plan, f, g, iterations from the fused op."""
+    dtype = compute_dtype(cost, *(w for w in (a, b) if w is not None))
+    if a is not None:
+        a = a.to(dtype).expand(cost.shape[:-1])
+    if b is not None:
+        b = b.to(dtype).expand(*cost.shape[:-2], cost.shape[-1])
+    lam_a, lam_b = (_damping(r, epsilon) for r in _rho_pair(rho))
+    options = (float(epsilon), n_iters, order == "rows_first", lam_a, lam_b)
+    tol = -1.0 if tol is None else float(tol)
+    if transforms_active():
+        return _SinkhornTransform.apply(cost, a, b, options, tol, need_plan, envelope)[:5]
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (cost, a, b))
+    if not wanted:
+        return _op(cost, a, b, *options, tol, need_plan, False)[:5]
+    return _Sinkhorn.apply(cost, a, b, options, tol, need_plan, envelope)[:5]
+
+
 # ---------------------------------------------------------------- public
 def sinkhorn(
     cost: Tensor,
@@ -207,19 +360,24 @@ def sinkhorn(
         reg_type: "entropy" or "kl", POT's names for what P is compared with.
         grad: "unrolled" differentiates every iteration, exactly. "envelope" returns everything detached, so that
             (plan * cost).sum() has the gradient P: that of the converged entropic cost, by Danskin's theorem.
-        backend: "reference", or None for the best that can run.
+        backend: "cpu", "reference" or None for the best that can run. update="average", reg_type="kl" and an epsilon per
+            iteration run in the reference.
     Returns:
         SinkhornOutput(plan [..., N, M], f [..., N], g [..., M], iterations [...]), float32 (float64 for float64 input).
     Differentiable in cost, a and b, through plan, f and g.
     Raises:
-        ValueError: an empty side, epsilon <= 0, n_iters < 1, shapes that do not fit; negative weights under
-            `kdfast.debug()`.
+        ValueError: an empty side, epsilon <= 0, n_iters < 1, shapes that do not fit; on the CPU NaN or -inf in a cost that
+            counts, negative weights (elsewhere NaN in gives NaN out; negative weights raise under `kdfast.debug()`).
     Source: Cuturi, NeurIPS 2013; the reverse pass was checked against autograd of the SinKD code.
 
     >>> plan, f, g, _ = sinkhorn(torch.rand(8, 5, 7), epsilon=0.1, n_iters=50)
     """
     _check(cost, a, b, epsilon, n_iters, order, update, rho, tol, reg_type, grad)
-    _choose("sinkhorn", cost, a, b, backend)
+    if _choose("sinkhorn", cost, a, b, epsilon, update, reg_type, backend) != "reference":
+        if grad == "envelope":
+            cost, a, b = (None if t is None else t.detach() for t in (cost, a, b))
+        _, *out = _solve(cost, a, b, epsilon, n_iters, order, rho, tol, True, False)
+        return SinkhornOutput(*out)
     return sinkhorn_reference(
         cost, a, b, epsilon=epsilon, n_iters=n_iters, order=order, update=update, rho=rho, tol=tol, reg_type=reg_type,
         grad=grad,
@@ -260,7 +418,8 @@ def sinkhorn_cost(
                 raise ValueError(
                     f"{name}: grad='envelope' gives no gradient for weights; detach {name} or use 'unrolled'"
                 )
-    _choose("sinkhorn_cost", cost, a, b, backend)
+    if _choose("sinkhorn_cost", cost, a, b, epsilon, update, reg_type, backend) != "reference":
+        return _solve(cost, a, b, epsilon, n_iters, order, rho, tol, False, grad == "envelope")[0]
     return sinkhorn_cost_reference(
         cost, a, b, epsilon=epsilon, n_iters=n_iters, order=order, update=update, rho=rho, tol=tol, reg_type=reg_type,
         grad=grad,
@@ -315,5 +474,20 @@ def _check_weights(name: str, weights, cost: Tensor, size: int) -> None:
         raise ValueError(f"{name}: expected weights >= 0, got one that is not")
 
 
-def _choose(op: str, cost, a, b, backend) -> str:
-    return choose(op, backend, {}, (cost, a, b))
+def _choose(op: str, cost, a, b, epsilon, update, reg_type, backend) -> str:
+    def cpu() -> str | None:
+        if (why := core_reason()) is not None:
+            return why
+        if cost.device.type not in ("cpu", "meta"):
+            return f"the tensors are on {cost.device}"
+        if update == "average":
+            return "update='average' comes from the reference only"
+        if reg_type == "kl":
+            return "reg_type='kl' comes from the reference only"
+        if isinstance(epsilon, Sequence):
+            return "an epsilon per iteration comes from the reference only"
+        if cost.dim() > 9:
+            return f"cost has {cost.dim()} dimensions, the core takes 9"
+        return None
+
+    return choose(op, backend, {"cpu": cpu}, (cost, a, b))
