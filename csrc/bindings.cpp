@@ -15,9 +15,10 @@ namespace kdfast {
 
 void bind_divergence(py::module_& m);
 void bind_pairwise(py::module_& m);
+void bind_routing(py::module_& m);
 void bind_selective(py::module_& m);
-void bind_token_graph(py::module_& m);
 void bind_sinkhorn(py::module_& m);
+void bind_token_graph(py::module_& m);
 
 static void bind_machine(py::module_& m) {
   m.def("isa", [] { return std::string(isa_name(current_isa())); });
@@ -49,7 +50,8 @@ PYBIND11_MODULE(_C, m) {
   kdfast::bind_machine(m);
   kdfast::bind_divergence(m);
   kdfast::bind_pairwise(m);
+  kdfast::bind_routing(m);
   kdfast::bind_selective(m);
-  kdfast::bind_token_graph(m);
   kdfast::bind_sinkhorn(m);
+  kdfast::bind_token_graph(m);
 }

@@ -71,12 +71,12 @@ def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
 
     On the CPU a factor of exactly 1 (the usual case) costs nothing. The factor is rounded to the gradient's dtype last.
     """
-    if _readable(upstream) and upstream.item() == 1.0:
+    if readable(upstream) and upstream.item() == 1.0:
         return grad
     return grad * upstream.to(grad.dtype) if grad.dtype == torch.float64 else (grad * upstream).to(grad.dtype)
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether a value may be read at no cost: on the CPU, and neither fake nor being traced."""
     return (
         type(tensor) is Tensor

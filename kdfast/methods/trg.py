@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast._checks import check_choice, check_int, check_number
-from kdfast._library import _readable
+from kdfast._library import readable
 from kdfast.losses import LossOutput, distillation_loss, token_context_loss, token_contrast_loss, token_graph_loss
 from kdfast.methods._protocol import Context
 from kdfast.methods._protocol import Method as MethodBase
@@ -88,7 +88,7 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """tokens [B, M, D], index [B, r] -> nodes [B r, D], image-major. Positions are checked on the CPU."""
     if index.dim() != 2 or index.shape[0] != tokens.shape[0]:
         raise ValueError(f"index: expected [B, r] with B = {tokens.shape[0]}, got {tuple(index.shape)}")
-    if _readable(index) and index.numel():
+    if readable(index) and index.numel():
         ordered = index.sort(1).values
         if ordered[:, 0].min() < 0 or ordered[:, -1].max() >= tokens.shape[1]:
             raise ValueError(

@@ -23,7 +23,7 @@ from torch import Tensor
 from kdfast import _core
 from kdfast._checks import check_choice, check_labels, check_number, check_pair
 from kdfast._dispatch import choose, core_reason
-from kdfast._library import _readable, address, compute_dtype, first_derivative_only, lib, operand, transforms_active
+from kdfast._library import address, compute_dtype, first_derivative_only, lib, operand, readable, transforms_active
 
 SIMILARITIES = ("cosine", "dot")
 NORM_FLOOR = 1e-12  # the cosine with a zero vector is 0
@@ -318,7 +318,7 @@ def pairwise_infonce(
             raise ValueError("positive: expected the column of each positive, got None with exclude_self=True")
     else:
         check_labels(positive, x.shape[:1], x.device, "positive")
-        if _readable(positive) and positive.numel():
+        if readable(positive) and positive.numel():
             _check_positive(positive, len(y), exclude_self)
     if _choose_infonce(x, y, backend) == "reference":
         return pairwise_infonce_reference(

@@ -42,9 +42,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number, check_row_tensor
-from kdfast._dispatch import debugging
-from kdfast._library import compute_dtype
+from kdfast._dispatch import choose, core_reason, debugging
+from kdfast._library import address, compute_dtype, contiguous, first_derivative_only, lib, operand, readable
 
 SCORES = ("softmax_after_topk", "softmax", "sigmoid", "sqrt_softplus", "logits", "mean")
 
@@ -82,7 +83,7 @@ def route_topk_reference(
     lse = clean.logsumexp(-1)
     probs = (clean - lse.unsqueeze(-1)).exp()
     log_score = _log_score(score, clean, lse)
-    chosen_by = _selection_score(score, z, bias, groups, topk_groups)  # [N, E]
+    chosen_by = _selection_score(score, z, bad, bias, groups, topk_groups)  # [N, E]
     ids = _sorted_ids(chosen_by)[:, :k]  # [N, k] int64
     dead = chosen_by.gather(-1, ids) == -math.inf
     if score == "mean":
@@ -115,16 +116,15 @@ def _log_score(score: str, z: Tensor, lse: Tensor) -> Tensor:
     return z - lse.unsqueeze(-1) if score == "softmax" else z
 
 
-def _selection_score(score: str, z: Tensor, bias: Tensor | None, groups: int, topk_groups: int) -> Tensor:
+def _selection_score(score: str, z: Tensor, bad: Tensor, bias, groups: int, topk_groups: int) -> Tensor:
     z = z.detach()
-    if score == "softmax":
-        chosen_by = torch.where(torch.isnan(z), z, z.softmax(-1).where(z > -math.inf, -math.inf))
-    elif score == "sigmoid":
-        chosen_by = z.sigmoid().where(z != -math.inf, -math.inf)
-    elif score == "sqrt_softplus":
-        chosen_by = F.softplus(z, threshold=40.0).sqrt().where(z != -math.inf, -math.inf)
-    else:
-        chosen_by = z
+    forms = {
+        "softmax": lambda z: z.softmax(-1),
+        "sigmoid": torch.sigmoid,
+        "sqrt_softplus": lambda z: F.softplus(z, threshold=40.0).sqrt(),
+    }
+    plain = bad.unsqueeze(-1) | (z == -math.inf)  # a bad row goes by its logits, so that NaN stays behind the others
+    chosen_by = torch.where(plain, z, forms.get(score, lambda z: z)(z))
     if bias is not None:
         chosen_by = chosen_by + bias.detach().to(z.dtype)
     if groups > 1:
@@ -158,6 +158,111 @@ def _weights(log_score: Tensor, dead: Tensor, score: str, normalise, eps: float,
         -1, keepdim=True
     )  # the norm cancels it; differences keep their digits
     return route_scale * (log_score - (q * log_score).logsumexp(-1, keepdim=True) / q).exp()
+
+
+# ---------------------------------------------------------------- registration
+_OPTIONS = "int k, str score, float norm, float eps, float route_scale, int groups, int topk_groups"
+
+lib.define(
+    f"routing_scores(Tensor logits, Tensor? bias, Tensor? mask, bool validate, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+lib.define(
+    "routing_scores_backward(Tensor? grad_weights, Tensor? grad_mean_probs, Tensor? grad_lse, Tensor logits, Tensor ids, "
+    f"Tensor lse, Tensor alive, {_OPTIONS}) -> Tensor"
+)
+
+
+@torch.library.register_fake("kdfast::routing_scores")
+def _(logits, bias, mask, validate, k, score, norm, eps, route_scale, groups, topk_groups):
+    rows, experts = logits.shape
+    dtype = compute_dtype(logits)
+    return (
+        logits.new_empty((rows, k), dtype=torch.int32),
+        logits.new_empty((rows, k), dtype=dtype),
+        logits.new_empty(experts, dtype=torch.int32),
+        logits.new_empty(experts, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("kdfast::routing_scores_backward")
+def _(
+    grad_weights,
+    grad_mean_probs,
+    grad_lse,
+    logits,
+    ids,
+    lse,
+    alive,
+    k,
+    score,
+    norm,
+    eps,
+    route_scale,
+    groups,
+    topk_groups,
+):
+    return logits.new_empty(logits.shape)
+
+
+def _call(logits, ids, lse, alive, k, score, norm, eps, route_scale, groups, topk_groups):
+    """The arguments both core functions start with."""
+    options = k, SCORES.index(score), norm, eps, route_scale, groups, topk_groups
+    return *operand(logits), logits.shape, *options, address(ids), address(lse), address(alive)
+
+
+@torch.library.impl(lib, "routing_scores", "CPU")
+def _routing_scores_cpu(logits, bias, mask, validate, k, *options):
+    (rows, experts), dtype = logits.shape, compute_dtype(logits)
+    ids, alive = torch.empty((rows, k), dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
+    weights, lse = torch.empty((rows, k), dtype=dtype), torch.empty(rows, dtype=dtype)
+    counts, mean_probs = torch.empty(experts, dtype=torch.int32), torch.empty(experts, dtype=dtype)
+    bias, mask = contiguous(bias, dtype), contiguous(mask, torch.bool)
+    _core.core.routing_scores(
+        *_call(logits, ids, lse, alive, k, *options), address(bias), address(mask), address(weights), address(counts),
+        address(mean_probs), validate,
+    )  # fmt: skip
+    return ids, weights, counts, mean_probs, lse, alive
+
+
+@torch.library.impl(lib, "routing_scores_backward", "CPU")
+def _routing_scores_backward_cpu(grad_weights, grad_mean_probs, grad_lse, logits, ids, lse, alive, *options):
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    grads = [contiguous(g, lse.dtype) for g in (grad_weights, grad_mean_probs, grad_lse)]
+    _core.core.routing_scores_backward(
+        *_call(logits, ids, lse, alive, *options), *(address(g) for g in grads), address(grad)
+    )
+    return grad
+
+
+# ---------------------------------------------------------------- autograd
+_scores_op = torch.ops.kdfast.routing_scores.default
+_scores_backward_op = torch.ops.kdfast.routing_scores_backward.default
+
+
+class _Scores(torch.autograd.Function):
+    """Saves the logits and O(N k) more; the softmax is computed again in the backward, only where a gradient needs it."""
+
+    @staticmethod
+    def forward(logits, bias, mask, validate, options):
+        return _scores_op(logits, bias, mask, validate, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ids, _, counts, _, lse, alive = output
+        ctx.save_for_backward(inputs[0], ids, lse, alive)
+        ctx.options = inputs[4]
+        ctx.mark_non_differentiable(ids, counts, alive)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, _ids, grad_weights, _counts, grad_mean_probs, grad_lse, _alive):
+        logits, ids, lse, alive = ctx.saved_tensors
+        grad = _scores_backward_op(grad_weights, grad_mean_probs, grad_lse, logits, ids, lse, alive, *ctx.options)
+        return grad, None, None, None, None
 
 
 # ---------------------------------------------------------------- public
@@ -201,13 +306,24 @@ def route_topk(
     """
     _check(logits, k, score, normalise, eps, route_scale, bias, groups, topk_groups, mask)
     if validate is None:
-        validate = (logits.device.type == "cpu" and not torch.compiler.is_compiling()) or debugging()
-    if validate:
-        _check_values(logits, bias, mask)
-    return route_topk_reference(
-        logits, k, score=score, normalise=normalise, eps=eps, route_scale=route_scale, bias=bias, groups=groups,
-        topk_groups=topk_groups, mask=mask,
-    )  # fmt: skip
+        validate = logits.device.type == "cpu" or debugging()
+    if bias is not None and validate and readable(bias) and bool((torch.isnan(bias) | (bias == math.inf)).any()):
+        raise ValueError("bias: expected finite values or -inf, got NaN or +inf")
+    if choose("route_topk", backend, {"cpu": lambda: _cpu_reason(logits)}, (logits,)) == "reference":
+        if validate and (readable(logits) or debugging()):
+            _check_values(logits, mask)
+        return route_topk_reference(
+            logits, k, score=score, normalise=normalise, eps=eps, route_scale=route_scale, bias=bias, groups=groups,
+            topk_groups=topk_groups, mask=mask,
+        )  # fmt: skip
+    options = (k, score, float(normalise or 0.0), float(eps), float(route_scale), groups, topk_groups)
+    return Routing(*_Scores.apply(logits, bias, mask, validate, options)[:5])
+
+
+def _cpu_reason(logits: Tensor) -> str | None:
+    if (why := core_reason()) is not None:
+        return why
+    return None if logits.device.type in ("cpu", "meta") else f"the tensors are on {logits.device}"
 
 
 def dense_weights(routing: Routing, num_experts: int | None = None) -> Tensor:
@@ -272,11 +388,9 @@ def _check(logits, k, score, normalise, eps, route_scale, bias, groups, topk_gro
         )
 
 
-def _check_values(logits: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+def _check_values(logits: Tensor, mask: Tensor | None) -> None:
     z = logits.detach() if mask is None else logits.detach()[mask]
     if bool((torch.isnan(z) | (z == math.inf)).any()):
         raise ValueError("logits: expected finite values or -inf, got NaN or +inf")
     if bool((z == -math.inf).all(-1).any()):
         raise ValueError("logits: expected an expert that is not -inf in every row, got a row of only -inf")
-    if bias is not None and bool((torch.isnan(bias) | (bias == math.inf)).any()):
-        raise ValueError("bias: expected finite values or -inf, got NaN or +inf")

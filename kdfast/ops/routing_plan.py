@@ -25,9 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number
-from kdfast._dispatch import debugging
-from kdfast._library import compute_dtype
+from kdfast._dispatch import choose, core_reason, debugging
+from kdfast._library import DTYPE_CODES, address, compute_dtype, contiguous, first_derivative_only, lib, readable
 
 ORDERS = ("token", "choice")
 INTEGERS = (torch.int32, torch.int64)
@@ -147,6 +148,177 @@ def combine_reference(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tenso
     return total.to(rows.dtype)
 
 
+# ---------------------------------------------------------------- registration
+lib.define(
+    "routing_plan(Tensor ids, Tensor? keep, int num_experts, int block, int capacity, bool choice, bool validate) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+lib.define("routing_gather(Tensor x, Tensor order, int k) -> Tensor")
+lib.define("routing_combine(Tensor rows, Tensor? weights, Tensor inverse) -> Tensor")
+lib.define(
+    "routing_combine_backward(Tensor grad, Tensor rows, Tensor? weights, Tensor inverse, Tensor order, bool need_rows, "
+    "bool need_weights) -> (Tensor, Tensor)"
+)
+
+
+def _plan_tensors(ids: Tensor, num_experts: int, block: int) -> list[Tensor]:
+    """Empty tensors in the order of Plan."""
+    rows, k = ids.shape
+    slots, used = rows * k, min(num_experts, rows * k)
+    shapes = (
+        (slots,), (rows, k), (num_experts,), (num_experts + 1,), (rows, k), (slots + used * (block - 1),),
+        (slots // block + used,), (num_experts + 1,),
+    )  # fmt: skip
+    return [ids.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+
+@torch.library.register_fake("kdfast::routing_plan")
+def _(ids, keep, num_experts, block, capacity, choice, validate):
+    return tuple(_plan_tensors(ids, num_experts, block))
+
+
+@torch.library.register_fake("kdfast::routing_gather")
+def _(x, order, k):
+    return x.new_empty((order.shape[0], x.shape[1]))
+
+
+@torch.library.register_fake("kdfast::routing_combine")
+def _(rows, weights, inverse):
+    return rows.new_empty((inverse.shape[0], rows.shape[1]))
+
+
+@torch.library.register_fake("kdfast::routing_combine_backward")
+def _(grad, rows, weights, inverse, order, need_rows, need_weights):
+    return _combine_gradients(rows, inverse, need_rows, need_weights)
+
+
+def _combine_gradients(rows: Tensor, inverse: Tensor, need_rows: bool, need_weights: bool) -> tuple[Tensor, Tensor]:
+    """Buffers: the rows' gradient in their dtype, the weights' in the compute dtype. An op cannot return None."""
+    return (
+        rows.new_empty(rows.shape if need_rows else 0),
+        rows.new_empty(inverse.shape if need_weights else 0, dtype=compute_dtype(rows)),
+    )
+
+
+@torch.library.impl(lib, "routing_plan", "CPU")
+def _routing_plan_cpu(ids, keep, num_experts, block, capacity, choice, validate):
+    ids, keep = _int32(ids).contiguous(), contiguous(keep, torch.bool)
+    out = _plan_tensors(ids, num_experts, block)
+    order, inverse, counts, offsets, position, row_slot, block_expert, padded_offsets = out
+    _core.core.routing_plan(
+        address(ids), address(keep), *ids.shape, num_experts, block, capacity, choice, validate,
+        *(address(t) for t in (order, inverse, counts, offsets, position, row_slot)), row_slot.numel(),
+        address(block_expert), block_expert.numel(), address(padded_offsets),
+    )  # fmt: skip
+    return tuple(out)
+
+
+def _int32(ids: Tensor) -> Tensor:
+    """int64 ids outside int32 must stay bad ids."""
+    return ids if ids.dtype == torch.int32 else ids.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
+def gather_rows(x: Tensor, order: Tensor, k: int, begin: int, end: int, out: Tensor) -> None:
+    """out[r - begin] = x[order[r] // k] for rows [begin, end); zeros for a row of order -1. All contiguous, on the CPU."""
+    assert _core.core is not None
+    _core.core.routing_gather(
+        address(x), DTYPE_CODES[x.dtype], x.shape[0], k, x.shape[1], address(order), begin, end, 0, address(out)
+    )
+
+
+@torch.library.impl(lib, "routing_gather", "CPU")
+def _routing_gather_cpu(x, order, k):
+    out = torch.empty((order.shape[0], x.shape[1]), dtype=x.dtype)
+    gather_rows(x.contiguous(), order.contiguous(), k, 0, order.shape[0], out)
+    return out
+
+
+@torch.library.impl(lib, "routing_combine", "CPU")
+def _routing_combine_cpu(rows, weights, inverse):
+    rows, inverse, weights = rows.contiguous(), inverse.contiguous(), contiguous(weights, compute_dtype(rows))
+    tokens, k = inverse.shape
+    out = torch.empty((tokens, rows.shape[1]), dtype=rows.dtype)
+    _core.core.routing_combine(
+        address(rows),
+        DTYPE_CODES[rows.dtype],
+        tokens,
+        k,
+        rows.shape[1],
+        address(inverse),
+        address(weights),
+        address(out),
+    )
+    return out
+
+
+@torch.library.impl(lib, "routing_combine_backward", "CPU")
+def _routing_combine_backward_cpu(grad, rows, weights, inverse, order, need_rows, need_weights):
+    grad, inverse, order = grad.to(rows.dtype).contiguous(), inverse.contiguous(), order.contiguous()
+    weights = contiguous(weights, compute_dtype(rows))
+    rows = rows.contiguous() if need_weights else rows
+    grad_rows, grad_weights = _combine_gradients(rows, inverse, need_rows, need_weights)
+    _core.core.routing_combine_backward(
+        address(grad), address(rows), DTYPE_CODES[rows.dtype], *inverse.shape, rows.shape[1], address(inverse),
+        address(order), address(weights), address(grad_rows), address(grad_weights),
+    )  # fmt: skip
+    return grad_rows, grad_weights
+
+
+# ---------------------------------------------------------------- autograd
+_plan_op = torch.ops.kdfast.routing_plan.default
+_gather_op = torch.ops.kdfast.routing_gather.default
+_combine_op = torch.ops.kdfast.routing_combine.default
+_combine_backward_op = torch.ops.kdfast.routing_combine_backward.default
+
+
+class _Dispatch(torch.autograd.Function):
+    """The gradient of a gather is the unweighted combine."""
+
+    @staticmethod
+    def forward(x, order, inverse):
+        return _gather_op(x, order, inverse.shape[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_rows):
+        (inverse,) = ctx.saved_tensors
+        return _combine_op(grad_rows, None, inverse), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(rows, weights, inverse, order):
+        return _combine_op(rows, weights, inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad):
+        rows, weights, inverse, order = ctx.saved_tensors
+        need_rows, need_weights = ctx.needs_input_grad[:2]
+        grad_rows, grad_weights = _combine_backward_op(grad, rows, weights, inverse, order, need_rows, need_weights)
+        return grad_rows if need_rows else None, grad_weights if need_weights else None, None, None
+
+
+def fused_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
+    """The backend for floating tensors and the ids beside them: what every function of this family can run on."""
+
+    def cpu() -> str | None:
+        if (why := core_reason()) is not None:
+            return why
+        away = next((t.device for t in tensors if t is not None and t.device.type not in ("cpu", "meta")), None)
+        return None if away is None else f"the tensors are on {away}"
+
+    return choose(op, backend, {"cpu": cpu}, tensors)
+
+
 # ---------------------------------------------------------------- public
 def make_plan(
     ids: Tensor,
@@ -187,10 +359,14 @@ def make_plan(
     if skip_zero is not None and (check_float_tensor("skip_zero", skip_zero).shape != ids.shape):
         raise ValueError(f"skip_zero: expected the shape of ids {tuple(ids.shape)}, got {tuple(skip_zero.shape)}")
     if validate is None:
-        validate = (ids.device.type == "cpu" and not torch.compiler.is_compiling()) or debugging()
-    if validate and bool(((ids < -1) | (ids >= num_experts)).any()):
-        raise ValueError(f"ids: expected -1 (dropped) or an expert in [0, {num_experts}), got one outside")
-    return make_plan_reference(ids, num_experts, block=block, capacity=capacity, order=order, weights=skip_zero)
+        validate = ids.device.type == "cpu" or debugging()
+    if fused_backend("make_plan", backend, ids) == "reference":
+        if validate and (readable(ids) or debugging()) and bool(((ids < -1) | (ids >= num_experts)).any()):
+            raise ValueError(f"ids: expected -1 (dropped) or an expert in [0, {num_experts}), got one outside")
+        return make_plan_reference(ids, num_experts, block=block, capacity=capacity, order=order, weights=skip_zero)
+    keep = None if skip_zero is None else skip_zero.detach() != 0
+    tensors = _plan_op(ids, keep, num_experts, block, capacity or 0, order == "choice", validate)
+    return Plan._make((*tensors, block))
 
 
 def dispatch(x: Tensor, plan: Plan, *, backend: str | None = None) -> Tensor:
@@ -203,7 +379,9 @@ def dispatch(x: Tensor, plan: Plan, *, backend: str | None = None) -> Tensor:
     check_float_tensor("x", x)
     if x.dim() != 2 or x.shape[0] != plan.inverse.shape[0]:
         raise ValueError(f"x: expected [N, H] with the {plan.inverse.shape[0]} rows of the plan, got {tuple(x.shape)}")
-    return dispatch_reference(x, plan)
+    if fused_backend("dispatch", backend, x, plan.order) == "reference":
+        return dispatch_reference(x, plan)
+    return _Dispatch.apply(x, plan.order, plan.inverse)
 
 
 def combine(rows: Tensor, weights: Tensor | None, plan: Plan, *, backend: str | None = None) -> Tensor:
@@ -221,7 +399,10 @@ def combine(rows: Tensor, weights: Tensor | None, plan: Plan, *, backend: str | 
             f"rows: expected [M, H] with the {plan.order.shape[0]} slots of the plan, got {tuple(rows.shape)}"
         )
     check_slot_weights(weights, plan)
-    return combine_reference(rows, weights, plan)
+    if fused_backend("combine", backend, rows, weights, plan.order) == "reference":
+        return combine_reference(rows, weights, plan)
+    weights = None if weights is None else weights.to(compute_dtype(rows))
+    return _Combine.apply(rows, weights, plan.inverse, plan.order)
 
 
 def check_slot_weights(weights: Tensor | None, plan: Plan) -> None:

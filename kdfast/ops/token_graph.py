@@ -26,7 +26,7 @@ from torch import Tensor
 from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number, check_pair
 from kdfast._dispatch import choose, core_reason
-from kdfast._library import _readable, address, compute_dtype, first_derivative_only, lib
+from kdfast._library import address, compute_dtype, first_derivative_only, lib, readable
 from kdfast.ops.pairwise import NORM_FLOOR, row_blocks
 
 ORIENTATIONS = ("row", "column")
@@ -415,7 +415,7 @@ def _check_edges(edges: Tensor, n: int, device: torch.device) -> Tensor:
         raise ValueError(f"edges: expected [2, M], got {tuple(edges.shape)}")
     if edges.device != device:
         raise ValueError(f"edges: expected the device of the tokens ({device}), got {edges.device}")
-    if _readable(edges) and edges.numel():
+    if readable(edges) and edges.numel():
         low, high = edges.aminmax()
         if low < 0 or high >= n:
             raise ValueError(f"edges: expected node numbers in [0, {n}), got {int(low)} to {int(high)}")
