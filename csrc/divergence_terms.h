@@ -6,6 +6,7 @@
 //     term >= 0    its share of the loss, written so that nothing cancels when p and q are close
 //     v            q dL/dq up to a multiple of q:   dL/dx_i = v_i - q_i sum v
 //     u            p dL/dp up to a multiple of p:   dL/dz_i = u_i - p_i sum u
+// The multiple is chosen so that the gradient does not cancel either: forward KL has v = q - p, whose sum is 0.
 // f is taken with f(1) = f'(1) = 0 (adding c (p - q) changes no sum, since p and q both sum to 1), so each term is
 // non-negative and of second order in d: a KL of 5e-7 keeps its digits where sum p d has lost all of them.
 #pragma once
@@ -26,7 +27,7 @@ struct KindParameters {
   double series[16] = {};   // coefficients of d^2, d^3, ... of term / q (js, alpha)
 };
 
-// Closed: sum v and sum u are known before the pass (forward KL: v = -p, so sum v = -1), loss and student gradient go together.
+// Closed: sum v is 0, so loss and student gradient go in one pass.
 constexpr bool is_closed(Kind kind) { return kind == Kind::forward_kl || kind == Kind::dkd || kind == Kind::binary; }
 
 template <class N>
@@ -34,15 +35,21 @@ struct Element {
   N q, p, term, v, u;
 };
 
-// phi(d) = d + expm1(-d), times p given p expm1(-d) = q - p: p d + q - p without cancellation for small d.
+// p d + q - p and q - p, where d = log(p / q), to full relative precision also for small d, where the plain forms cancel:
+// with phi(d) = d + expm1(-d) the first is p phi(d), the second p phi(d) - p d.
 // Ops O: number type N with arithmetic, constants, select, min, max, abs, exp (of a log-probability), exp_any, log1p,
 // expm1_small (|x| <= 1/2), phi_series (sum x^k / (k + 2)!, |x| <= 1/4) and polynomial.
+template <class N>
+struct Kl {
+  N term, difference;
+};
 template <class O, class N = typename O::N>
-KD_INLINE N kl_term(N p, N q, N d) {
-  const N near = p * (d * d) * O::phi_series(-d);
+KD_INLINE Kl<N> kl(N p, N q, N d) {
+  const auto small = O::abs(d) < O::set(0.25);
   // p = 0 contributes q (the limit), also for d = -inf
-  const N far = O::select(p > O::set(0), p * d, O::set(0)) + (q - p);
-  return O::select(O::abs(d) < O::set(0.25), near, far);
+  const N pd = O::select(p > O::set(0), p * d, O::set(0));
+  const N near = p * (d * d) * O::phi_series(-d), far = q - p;
+  return {O::select(small, near, pd + far), O::select(small, near - pd, far)};
 }
 
 template <class O, Kind kind, class N = typename O::N>
@@ -59,8 +66,8 @@ KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k
     const N d1 = O::select(O::equal(lp, lq), O::set(0), (O::min(lp, O::set(0)) - tp) - (O::min(lq, O::set(0)) - tq));
     const N d0 = O::select(O::equal(lp, lq), O::set(0), (O::min(-lp, O::set(0)) - tp) - (O::min(-lq, O::set(0)) - tq));
     e.q = q1, e.p = p1;
-    e.term = kl_term<O>(p1, q1, d1) + kl_term<O>(p0, q0, d0);
-    e.v = q1 - p1;  // exact gradients: the driver takes both sums as 0
+    e.term = kl<O>(p1, q1, d1).term + kl<O>(p0, q0, d0).term;
+    e.v = q1 - p1;  // no softmax behind it: the drivers take both sums as 0
     e.u = O::select(p1 * p0 > O::set(0), p1 * p0 * d, O::set(0));
     return e;
   } else if constexpr (kind == Kind::js || kind == Kind::skew_forward_kl || kind == Kind::skew_reverse_kl) {
@@ -88,7 +95,7 @@ KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k
     } else {
       const N mixture = b * first + c * second;
       const N share = O::select(mixture > O::set(0), first / mixture, O::set(0));
-      e.term = kl_term<O>(first, mixture, log_first);
+      e.term = kl<O>(first, mixture, log_first).term;
       const N of_first = first * (log_first - b * share), of_second = -c * second * share;
       e.v = swap ? of_first : of_second;
       e.u = swap ? of_second : of_first;
@@ -98,18 +105,21 @@ KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k
     const N q = O::exp(lq), p = O::exp(lp);
     e.q = q, e.p = p;
     if constexpr (kind == Kind::forward_kl || kind == Kind::dkd) {
-      e.term = kl_term<O>(p, q, d);
-      e.v = -p;
+      const Kl<N> forward = kl<O>(p, q, d);
+      e.term = forward.term;
+      e.v = forward.difference;
       e.u = O::select(p > O::set(0), p * d, O::set(0));
     } else if constexpr (kind == Kind::reverse_kl) {
-      e.term = kl_term<O>(q, p, -d);
+      const Kl<N> reverse = kl<O>(q, p, -d);
+      e.term = reverse.term;
       e.v = O::select(q > O::set(0), -q * d, O::set(0));
-      e.u = -q;
+      e.u = reverse.difference;
     } else if constexpr (kind == Kind::jeffreys) {
       const N forward = O::set(2 * (1 - k.beta)), reverse = O::set(2 * k.beta);
-      e.term = forward * kl_term<O>(p, q, d) + reverse * kl_term<O>(q, p, -d);
-      e.v = -forward * p + reverse * O::select(q > O::set(0), -q * d, O::set(0));
-      e.u = forward * O::select(p > O::set(0), p * d, O::set(0)) - reverse * q;
+      const Kl<N> f = kl<O>(p, q, d), r = kl<O>(q, p, -d);
+      e.term = forward * f.term + reverse * r.term;
+      e.v = forward * f.difference + reverse * O::select(q > O::set(0), -q * d, O::set(0));
+      e.u = forward * O::select(p > O::set(0), p * d, O::set(0)) + reverse * r.difference;
     } else if constexpr (kind == Kind::tvd) {
       const N difference = O::select(O::abs(d) < O::set(0.5), q * O::expm1_small(d), p - q);
       const N sign = O::select(d > O::set(0), O::set(-0.5), O::select(d < O::set(0), O::set(0.5), O::set(0)));  // of q - p, halved

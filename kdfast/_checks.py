@@ -41,7 +41,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     inside = (value > low if open_low else value >= low) and value <= high
-    if not inside or not math.isfinite(value):
+    if not inside or not -math.inf < value < math.inf:  # comparisons, so that torch.compile can trace a dynamic number
         left = f"{'(' if open_low or low == -math.inf else '['}{low:g}"
         right = f"{high:g}{')' if high == math.inf else ']'}"
         raise ValueError(f"{name}: expected a finite number in {left}, {right}, got {value}")

@@ -107,3 +107,44 @@ def contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
     """The gradient's buffer: the input's dtype and, when the input is dense, its layout. An op cannot return None."""
     return torch.empty_like(tensor) if needed else tensor.new_empty(0)
+
+
+class _SecondDerivative(torch.autograd.Function):
+    """Passes a gradient on and raises when someone differentiates it: a fused backward has no derivative of its own."""
+
+    @staticmethod
+    def forward(op: str, grad: Tensor, *anchors: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"kdfast.ops.{ctx.op}: the fused backends can be differentiated once; pass backend='reference' for higher derivatives"
+        )
+
+
+def first_derivative_only(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the backward of a fused op: with create_graph=True its gradients raise when differentiated again.
+
+    Without it a second derivative would silently miss terms. The gradients are tied to the graph through the tensors the
+    context saved, so save at least one that requires grad: an input, or an output of the op itself.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                result = backward(ctx, *grads)
+            anchors = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+            result = result if isinstance(result, tuple) else (result,)
+            return tuple(None if g is None else _SecondDerivative.apply(op, g, *anchors) for g in result)
+
+        return wrapper
+
+    return decorate

@@ -124,7 +124,7 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
         sum_v += e.v;
         sum_u += e.u;
       }
-      if (kind == Kind::forward_kl) sum_v = splat<T>(-1);
+      if (kind == Kind::forward_kl) sum_v = zero;
       if (kind == Kind::binary) sum_v = sum_u = zero;
       loss = skip != 0 ? zero : loss * T(parameters.scale);
       if (rows_entry) {

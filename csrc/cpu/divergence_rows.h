@@ -256,8 +256,8 @@ static void prepare_dkd(const Row<T>& row, const LogSums<T>& sums, Prepared<T>& 
   out.hole_grad = A * g;
   out.stats.lse = T(rest_x ? lx : 0);
   out.stats.gap = T((rest_z ? lz : 0) - (rest_x ? lx : 0));
-  out.stats.sum_v = T(A * g - B);  // dL/dx_i = -A g q^_i + B (q^_i - p^_i)
-  out.stats.sum_u = T(A * g);      // kept for the backward
+  out.stats.sum_v = T(A * g);  // dL/dx_i = B (q^_i - p^_i) - A g q^_i
+  out.stats.sum_u = T(B);      // kept for the backward
 }
 
 // Log-sum-exps of a row and what follows from them. False: something is wrong with the values, reported.
@@ -280,7 +280,6 @@ static bool prepare(const Row<T>& row, bool cross_entropy, Prepared<T>& out) {
       const LogSum<T>&s = sums.student, &t = sums.teacher;
       out.stats.lse = T(s.value(row.inverse_t));
       out.stats.gap = T((double(t.max) - double(s.max)) * double(row.inverse_t) + (t.log_sum() - s.log_sum()));
-      out.stats.sum_v = T(-1);  // forward KL; the other kinds sum it
     }
   }
   if (cross_entropy && !out.ignored) {
@@ -348,11 +347,11 @@ static void forward_row(const DivergenceCall& call, int64_t index) {
   if (!prepare(row, false, prepared) || prepared.ignored || call.zero) return;
   Sweep<T> todo;
   todo.loss = true;
-  todo.sums = !is_closed(call.kind) || (call.kind == Kind::forward_kl);
+  todo.sums = !is_closed(call.kind) || call.kind == Kind::forward_kl;  // forward KL: sum u, for a teacher's gradient
   todo.hole = call.kind == Kind::dkd ? row.label : -1;
   Stats<T> s = prepared.stats;
   const double swept = sweep_kind(row, todo, s);
-  if (call.kind == Kind::forward_kl) s.sum_v = T(-1);
+  if (call.kind == Kind::forward_kl) s.sum_v = 0;
   rows[index] = T(call.parameters.scale * (prepared.extra_loss + (prepared.v_factor == 0 ? 0 : prepared.v_factor * swept)));
   const T kept[kStats] = {s.lse, s.gap, s.sum_v, s.sum_u};
   for (int i = 0; i < kStats; ++i) stats[i * call.rows.count + index] = kept[i];
@@ -373,8 +372,8 @@ static void backward_row(const DivergenceCall& call, int64_t index) {
   if (call.kind == Kind::dkd) {
     row.label = call.labels[index];
     todo.hole = row.label;
-    todo.v_factor = s.sum_u - s.sum_v;  // sum_v = A g - B
-    todo.hole_grad = s.sum_u * todo.student_factor;
+    todo.v_factor = s.sum_u;  // as prepare_dkd left them
+    todo.hole_grad = s.sum_v * todo.student_factor;
   }
   sweep_kind(row, todo, s);
   zero_gradients(row, call.classes);
@@ -401,7 +400,7 @@ static void sum_row(const DivergenceCall& call, int64_t index, double& kd, doubl
   if (!closed) {
     todo.sums = gs || gt;
     swept = sweep_kind(row, todo, s);
-    if (call.kind == Kind::forward_kl) s.sum_v = T(-1);
+    if (call.kind == Kind::forward_kl) s.sum_v = 0;
     todo.sums = todo.loss = false;
   }
   if (closed || gs || gt) {

@@ -39,11 +39,17 @@ from torch import Tensor
 from kdfast import _core
 from kdfast._checks import check_choice, check_dim, check_labels, check_number, check_pair, check_row_tensor
 from kdfast._dispatch import choose, core_reason, debugging
-from kdfast._library import address as _address
-from kdfast._library import compute_dtype, first_derivative_only, lib, scale_gradient, transforms_active
-from kdfast._library import contiguous as _contiguous
-from kdfast._library import gradient_like as _gradient_like
-from kdfast._library import operand as _operand
+from kdfast._library import (
+    address,
+    compute_dtype,
+    contiguous,
+    first_derivative_only,
+    gradient_like,
+    lib,
+    operand,
+    scale_gradient,
+    transforms_active,
+)
 
 KINDS = (
     "forward_kl", "reverse_kl", "jeffreys", "js", "js_rescaled", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha", "dkd", "binary",
@@ -201,7 +207,7 @@ def _(
     need_student,
     need_teacher,
 ):
-    return _gradient_like(student, need_student), _gradient_like(teacher, need_teacher)
+    return gradient_like(student, need_student), gradient_like(teacher, need_teacher)
 
 
 @torch.library.register_fake("kdfast::divergence_sum")
@@ -211,8 +217,8 @@ def _(student, teacher, labels, row_temperature, row_weight, kind, a, b, tempera
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty(2, dtype=dtype),
-        _gradient_like(student, need_student),
-        _gradient_like(teacher, need_teacher),
+        gradient_like(student, need_student),
+        gradient_like(teacher, need_teacher),
     )
 
 
@@ -221,10 +227,10 @@ def _divergence_rows_cpu(student, teacher, labels, row_temperature, kind, a, b, 
     shape, dtype = _row_shape(student, dim), compute_dtype(student, teacher)
     rows = torch.empty(shape, dtype=dtype)
     stats = torch.empty([N_STATS, *shape], dtype=dtype)
-    labels, row_temperature = _contiguous(labels, torch.int64), _contiguous(row_temperature, dtype)
+    labels, row_temperature = contiguous(labels, torch.int64), contiguous(row_temperature, dtype)
     _core.core.divergence_rows(
-        *_operand(student), *_operand(teacher), student.shape, teacher.shape[dim], dim, classes, kind, a, b, temperature,
-        _address(labels), _address(row_temperature), _address(rows), _address(stats),
+        *operand(student), *operand(teacher), student.shape, teacher.shape[dim], dim, classes, kind, a, b, temperature,
+        address(labels), address(row_temperature), address(rows), address(stats),
     )  # fmt: skip
     return rows, stats
 
@@ -233,16 +239,16 @@ def _divergence_rows_cpu(student, teacher, labels, row_temperature, kind, a, b, 
 def _divergence_rows_backward_cpu(grad_rows, student, teacher, stats, labels, row_temperature, kind, a, b, temperature, classes, dim,
                                   need_student, need_teacher):  # fmt: skip
     dtype = compute_dtype(student, teacher)
-    grad_student, grad_teacher = _gradient_like(student, need_student), _gradient_like(teacher, need_teacher)
+    grad_student, grad_teacher = gradient_like(student, need_student), gradient_like(teacher, need_teacher)
     labels, row_temperature, grad_rows = (
-        _contiguous(labels, torch.int64),
-        _contiguous(row_temperature, dtype),
-        _contiguous(grad_rows, dtype),
+        contiguous(labels, torch.int64),
+        contiguous(row_temperature, dtype),
+        contiguous(grad_rows, dtype),
     )
     _core.core.divergence_rows_backward(
-        *_operand(student), *_operand(teacher), student.shape, teacher.shape[dim], dim, classes, kind, a, b, temperature,
-        _address(labels), _address(row_temperature), _address(grad_rows), _address(stats),
-        *_operand(grad_student), *_operand(grad_teacher),
+        *operand(student), *operand(teacher), student.shape, teacher.shape[dim], dim, classes, kind, a, b, temperature,
+        address(labels), address(row_temperature), address(grad_rows), address(stats),
+        *operand(grad_student), *operand(grad_teacher),
     )  # fmt: skip
     return grad_student, grad_teacher
 
@@ -252,16 +258,16 @@ def _divergence_sum_cpu(student, teacher, labels, row_temperature, row_weight, k
                         kd_factor, ce_factor, label_smoothing, need_student, need_teacher):  # fmt: skip
     dtype = compute_dtype(student, teacher)
     loss, parts = torch.empty((), dtype=dtype), torch.empty(2, dtype=dtype)
-    grad_student, grad_teacher = _gradient_like(student, need_student), _gradient_like(teacher, need_teacher)
+    grad_student, grad_teacher = gradient_like(student, need_student), gradient_like(teacher, need_teacher)
     labels, row_temperature, row_weight = (
-        _contiguous(labels, torch.int64),
-        _contiguous(row_temperature, dtype),
-        _contiguous(row_weight, dtype),
+        contiguous(labels, torch.int64),
+        contiguous(row_temperature, dtype),
+        contiguous(row_weight, dtype),
     )
     _core.core.divergence_sum(
-        *_operand(student), *_operand(teacher), student.shape, teacher.shape[dim], dim, classes, kind, a, b, temperature,
-        _address(labels), _address(row_temperature), _address(row_weight), kd_factor, ce_factor, label_smoothing,
-        *_operand(grad_student), *_operand(grad_teacher), _address(loss), _address(parts),
+        *operand(student), *operand(teacher), student.shape, teacher.shape[dim], dim, classes, kind, a, b, temperature,
+        address(labels), address(row_temperature), address(row_weight), kd_factor, ce_factor, label_smoothing,
+        *operand(grad_student), *operand(grad_teacher), address(loss), address(parts),
     )  # fmt: skip
     return loss, parts, grad_student, grad_teacher
 
