@@ -94,9 +94,11 @@ KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k
       e.u = b * first * log_first;
     } else {
       const N mixture = b * first + c * second;
-      const N share = O::select(mixture > O::set(0), first / mixture, O::set(0));
-      e.term = kl<O>(first, mixture, log_first).term;
-      const N of_first = first * (log_first - b * share), of_second = -c * second * share;
+      const Kl<N> to_mixture = kl<O>(first, mixture, log_first);
+      e.term = to_mixture.term;
+      // first/m is near 1: its difference from 1 is taken, which moves v and u by a multiple of q and p
+      const N off = O::select(mixture > O::set(0), to_mixture.difference / mixture, O::set(0));  // 1 - first/m
+      const N of_first = first * (log_first + b * off), of_second = c * second * off;
       e.v = swap ? of_first : of_second;
       e.u = swap ? of_second : of_first;
     }
@@ -132,11 +134,12 @@ KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k
       N power = a * lp - b * lq;
       power = O::select(O::equal(power, power), power, O::set(-1e4));  // both -inf: p^a q^(1-a) = 0
       const N r = O::exp_any(power);
-      const N far = (r - a * p + b * q) / (a * b);
-      const N near = q * (d * d) * O::polynomial(d, k.series);
-      e.term = O::select(O::abs(d) < O::set(k.small), near, O::max(far, O::set(0)));
       e.v = O::select(O::abs(ad) < O::set(0.5), -q * O::expm1_small(ad), q - r) / a;
       e.u = O::select(O::abs(bd) < O::set(0.5), p * O::expm1_small(bd), r - p) / b;
+      // (r - a p - (1-a) q) / (a (a-1)) from whichever of u and v does not divide by a number near 0
+      const N far = k.beta > 0.5 ? (e.u + (q - p)) / a : (e.v + (p - q)) / -b;
+      const N near = q * (d * d) * O::polynomial(d, k.series);
+      e.term = O::select(O::abs(d) < O::set(k.small), near, O::max(far, O::set(0)));
     }
     return e;
   }

@@ -90,3 +90,21 @@ def check_row_tensor(name: str, tensor: object, shape: torch.Size, device: torch
     if tensor.device != device:
         raise ValueError(f"{name}: expected the device of the logits ({device}), got {tensor.device}")
     return tensor
+
+
+def check_values(logits: dict[str, Tensor], labels: Tensor | None, classes: int, dim: int = -1) -> None:
+    """What the CPU kernels find on their way, for the other backends under `kdfast.debug()`: reads the values."""
+    for name, tensor in logits.items():
+        bad = ~(tensor.narrow(dim, 0, classes) < math.inf)  # NaN and +inf; -inf is a masked class
+        if bool(bad.any()):
+            row = int(bad.any(dim).reshape(-1).int().argmax())
+            raise ValueError(
+                f"{name}: expected finite logits (or -inf for a masked class), got NaN or +inf at row {row}"
+            )
+    if labels is not None:
+        bad = (labels < 0) | (labels >= classes)
+        if bool(bad.any()):
+            row = int(bad.reshape(-1).int().argmax())
+            raise ValueError(
+                f"labels: expected integers in [0, {classes}), got {int(labels.reshape(-1)[row])} at row {row}"
+            )

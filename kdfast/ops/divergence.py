@@ -37,7 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import _core
-from kdfast._checks import check_choice, check_dim, check_labels, check_number, check_pair, check_row_tensor
+from kdfast._checks import (
+    check_choice,
+    check_dim,
+    check_labels,
+    check_number,
+    check_pair,
+    check_row_tensor,
+    check_values,
+)
 from kdfast._dispatch import choose, core_reason, debugging
 from kdfast._library import (
     address,
@@ -346,9 +354,19 @@ class _RowsTransform(torch.autograd.Function):
 
 
 def _apply_rows(student, teacher, labels, row_temperature, options) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _rows_op(student, teacher, labels, row_temperature, *options)[0]
     if transforms_active():
         return _RowsTransform.apply(student, teacher, labels, row_temperature, options)[0]
     return _Rows.apply(student, teacher, labels, row_temperature, options)
+
+
+def _apply_sum(student, teacher, labels, row_temperature, row_weight, options) -> tuple[Tensor, Tensor]:
+    if (
+        not torch.is_grad_enabled()
+    ):  # inside a Function the need would still be reported, and a gradient made for nobody
+        return _sum_op(student, teacher, labels, row_temperature, row_weight, *options, False, False)[:2]
+    return _Sum.apply(student, teacher, labels, row_temperature, row_weight, options)
 
 
 # ---------------------------------------------------------------- public
@@ -388,6 +406,8 @@ def divergence(
     """
     dim, classes, a, b = _check(student, teacher, kind, beta, temperature, labels, vocab_size, row_weight, dim)
     if _choose(student, teacher, temperature, labels, row_weight, kind, backend) == "reference":
+        if debugging():
+            check_values({"student": student, "teacher": teacher}, labels, classes, dim)
         return divergence_reference(
             student, teacher, kind=kind, beta=beta, temperature=temperature, labels=labels, vocab_size=classes,
             row_weight=row_weight, dim=dim,
@@ -398,7 +418,7 @@ def divergence(
         return _apply_rows(student, teacher, labels, rows_t, options)
     if transforms_active():
         return (_apply_rows(student, teacher, labels, rows_t, options) * row_weight).sum()
-    return _Sum.apply(student, teacher, labels, rows_t, row_weight, (*options, 1.0, 0.0, 0.0))[0]
+    return _apply_sum(student, teacher, labels, rows_t, row_weight, (*options, 1.0, 0.0, 0.0))[0]
 
 
 def divergence_total(
@@ -443,7 +463,7 @@ def divergence_total(
         return kd_factor * kd + ce_factor * ce, torch.stack((kd, ce)).detach()
     number, rows_t = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
     options = (kind, a, b, number, classes, dim, kd_factor, ce_factor, label_smoothing)
-    return _Sum.apply(student, teacher, labels, rows_t, row_weight, options)
+    return _apply_sum(student, teacher, labels, rows_t, row_weight, options)
 
 
 def cross_entropy_rows(

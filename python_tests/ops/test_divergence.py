@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +26,16 @@ CASES = [(k, 0.5) for k in KINDS if k != "dkd"] + [
     ("alpha", 0.0), ("alpha", 1.0), ("alpha", 2.0), ("alpha", -1.0), ("alpha", 0.999),
 ]  # fmt: skip
 FUSED = [name for name in ("cpu",) if kdfast.backend_info()[name]["available"]]
+
+
+# Floors (relative, absolute as a share of the largest). The logits here reach 12, so x - lse is rounded by 6 eps and every
+# probability carries that relative error whatever the formula. A divergence of 0.01 is the rest of terms of 0.2 that cancel,
+# a gradient the rest of probabilities that do: float32 measured 6e-6 of an output, 2e-5 of the largest gradient. In
+# float64 the reference is the truth itself and has the same cancellation: 1e-16 of a divergence of 2e-9.
+FLOORS = {
+    torch.float32: ((1e-5, 1e-6), (1e-5, 2e-5)), torch.float64: ((1e-7, 1e-13), (1e-10, 1e-13)),
+    torch.bfloat16: ((1e-5, 1e-6), (8e-3, 2e-5)), torch.float16: ((1e-5, 1e-6), (1e-3, 2e-5)),
+}  # fmt: skip
 
 
 def logits(*shape, dtype=torch.float32, sigma=0.7, seed=0, scale=3.0):
@@ -98,7 +109,9 @@ def test_swapping_the_sides(backend):
 def test_a_model_against_itself_is_exactly_zero(kind, beta, backend):
     for dtype in (torch.float32, torch.bfloat16):
         student, _ = logits(3, 1025, dtype=dtype)
-        rows = divergence(student, student.detach(), kind=kind, beta=beta, labels=some_labels(kind, (3,), 1025), backend=backend)
+        rows = divergence(
+            student, student.detach(), kind=kind, beta=beta, labels=some_labels(kind, (3,), 1025), backend=backend
+        )
         assert torch.equal(rows, torch.zeros(3))
 
 
@@ -107,7 +120,12 @@ def test_js_rescaled_and_alpha_reach_their_limits_without_a_jump(backend):
     s, t = logits(3, 20, dtype=torch.float64)
     forward = divergence(s, t, backend=backend)
     reverse = divergence(s, t, kind="reverse_kl", backend=backend)
-    for kind, beta, want in (("js_rescaled", 0.0, forward), ("js_rescaled", 1.0, reverse), ("alpha", 1.0, forward), ("alpha", 0.0, reverse)):
+    for kind, beta, want in (
+        ("js_rescaled", 0.0, forward),
+        ("js_rescaled", 1.0, reverse),
+        ("alpha", 1.0, forward),
+        ("alpha", 0.0, reverse),
+    ):
         at = divergence(s, t, kind=kind, beta=beta, backend=backend)
         near = divergence(s, t, kind=kind, beta=abs(beta - 1e-6), backend=backend)
         torch.testing.assert_close(at, want, rtol=1e-14, atol=0)
@@ -130,7 +148,9 @@ def test_gradcheck_of_the_reference(kind, beta):
 
     def total(*args):
         a, b = (args[0], t) if kind == "tvd" else args[:2]
-        return divergence(a, b, kind=kind, beta=beta, labels=labels, temperature=args[-2], row_weight=args[-1], backend="reference")
+        return divergence(
+            a, b, kind=kind, beta=beta, labels=labels, temperature=args[-2], row_weight=args[-1], backend="reference"
+        )
 
     assert torch.autograd.gradcheck(rows, inputs)
     assert torch.autograd.gradcheck(total, inputs)
@@ -152,13 +172,17 @@ def test_within_the_error_budget(kind, beta, dtype, backend):
             lambda s, t, o=options: divergence(s, t, **o, backend=backend),
             lambda s, t, o=options: divergence_reference(s, t, **o),
             (student, teacher),
+            floor=FLOORS[dtype][0],
+            gradient_floor=FLOORS[dtype][1],
             allow_zero=zero,
         )
         weight = torch.tensor([0.5, 0.0, 2.0, 1.0])
         check_against_reference(
-            lambda s, t, o=options: divergence(s, t, **o, row_weight=weight, backend=backend),
-            lambda s, t, o=options: divergence_reference(s, t, **o, row_weight=weight),
+            lambda s, t, o=options, w=weight: divergence(s, t, **o, row_weight=w, backend=backend),
+            lambda s, t, o=options, w=weight: divergence_reference(s, t, **o, row_weight=w),
             (student, teacher),
+            floor=FLOORS[dtype][0],
+            gradient_floor=FLOORS[dtype][1],
             allow_zero=zero,
         )
 
@@ -199,15 +223,15 @@ def test_any_strides(kind, dtype, backend):
         for other, t in layouts(teacher).items():
             s = s.detach().requires_grad_()
             rows = divergence(s, t, **options, backend=backend)
-            assert_within_budget(rows, truth, same, name=f"{name} / {other}")
+            assert_within_budget(rows, truth, same, name=f"{name} / {other}", floor=FLOORS[dtype][0])
             (grad,) = torch.autograd.grad((rows * weight).sum(), s)
-            assert_within_budget(grad, truth_grad, same_grad, name=f"grad {name} / {other}")
+            assert_within_budget(grad, truth_grad, same_grad, name=f"grad {name} / {other}", floor=FLOORS[dtype][1])
             (grad,) = torch.autograd.grad(divergence(s, t, **options, row_weight=weight, backend=backend), s)
-            assert_within_budget(grad, truth_grad, same_grad, name=f"sum grad {name} / {other}")
+            assert_within_budget(grad, truth_grad, same_grad, name=f"sum {name} / {other}", floor=FLOORS[dtype][1])
 
 
 @pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("kind", F_KINDS + ["binary"])
+@pytest.mark.parametrize("kind", [*F_KINDS, "binary"])
 @pytest.mark.parametrize("shape", [(2, 5, 7, 11), (1, 19, 40, 33), (3, 150, 6, 6), (2, 4, 3)])
 def test_class_axis_one_is_read_in_place(kind, shape, backend):
     """NCHW maps, each lane one pixel, against the same numbers with the classes last."""
@@ -218,14 +242,16 @@ def test_class_axis_one_is_read_in_place(kind, shape, backend):
     last_s, last_t = (x.detach().movedim(1, -1).contiguous().requires_grad_() for x in (student, teacher))
     want = divergence(last_s, last_t, kind=kind, beta=0.3, temperature=1.5, row_weight=weight, backend=backend)
     want_grads = [g.movedim(-1, 1) for g in torch.autograd.grad(want, (last_s, last_t))]
-    torch.testing.assert_close(got, want, rtol=2e-6, atol=0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     for g, w in zip(grads, want_grads):
-        torch.testing.assert_close(g, w, rtol=2e-5, atol=2e-7)
+        torch.testing.assert_close(g, w, rtol=2e-5, atol=1e-6)
     rows = divergence(student, teacher, kind=kind, beta=0.3, dim=1, backend=backend)
     assert rows.shape == weight.shape
     for memory in (torch.channels_last,) if len(shape) == 4 else ():
-        other = divergence(student.contiguous(memory_format=memory), teacher, kind=kind, beta=0.3, dim=1, backend=backend)
-        torch.testing.assert_close(other, rows, rtol=2e-5, atol=1e-7)
+        other = divergence(
+            student.contiguous(memory_format=memory), teacher, kind=kind, beta=0.3, dim=1, backend=backend
+        )
+        torch.testing.assert_close(other, rows, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -238,7 +264,9 @@ def test_rows_beyond_two_to_the_31_elements(backend, tmp_path):
     with torch.no_grad():
         storage[:16], storage[start:] = student[0], student[1]
     far = storage.as_strided((2, 16), (start, 1))
-    assert torch.equal(divergence(far, teacher.detach(), backend=backend), divergence(student, teacher, backend=backend).detach())
+    assert torch.equal(
+        divergence(far, teacher.detach(), backend=backend), divergence(student, teacher, backend=backend).detach()
+    )
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -249,7 +277,9 @@ def test_two_dtypes_and_a_broadcast_teacher(backend):
     assert torch.equal(got, want)
     assert divergence(student, teacher.double(), backend=backend).dtype == torch.float64
     one = teacher[:1].detach().expand(4, 33)  # stride 0
-    torch.testing.assert_close(divergence(student, one, backend=backend), divergence(student, one.clone(), backend=backend), rtol=0, atol=0)
+    torch.testing.assert_close(
+        divergence(student, one, backend=backend), divergence(student, one.clone(), backend=backend), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -259,9 +289,17 @@ def test_temperature_per_row(kind, backend):
     temperature = torch.tensor([[0.5, 1.0, 2.0, 4.0]] * 3)
     rows = divergence(student, teacher, kind=kind, temperature=temperature, backend=backend)
     for column in range(4):
-        alone = divergence(student[:, column], teacher[:, column], kind=kind, temperature=float(temperature[0, column]), backend=backend)
+        alone = divergence(
+            student[:, column],
+            teacher[:, column],
+            kind=kind,
+            temperature=float(temperature[0, column]),
+            backend=backend,
+        )
         torch.testing.assert_close(rows[:, column], alone, rtol=1e-6, atol=1e-9)
-    maps = divergence(student.movedim(-1, 1), teacher.movedim(-1, 1), kind=kind, temperature=temperature, dim=1, backend=backend)
+    maps = divergence(
+        student.movedim(-1, 1), teacher.movedim(-1, 1), kind=kind, temperature=temperature, dim=1, backend=backend
+    )
     torch.testing.assert_close(maps, rows, rtol=1e-5, atol=1e-8)
     learnt = temperature.clone().requires_grad_()
     (grad,) = torch.autograd.grad(divergence(student, teacher, kind=kind, temperature=learnt).sum(), learnt)
@@ -280,7 +318,9 @@ def test_vocab_size_cuts_both_and_leaves_zero_gradient(backend):
     torch.testing.assert_close(rows, want)
     (grad,) = torch.autograd.grad(rows.sum(), padded)
     assert torch.equal(grad[:, 10:], torch.zeros(3, 6)) and grad[:, :10].abs().max() > 0
-    (grad,) = torch.autograd.grad(divergence(padded, wider, vocab_size=10, row_weight=torch.ones(3), backend=backend), padded)
+    (grad,) = torch.autograd.grad(
+        divergence(padded, wider, vocab_size=10, row_weight=torch.ones(3), backend=backend), padded
+    )
     assert torch.equal(grad[:, 10:], torch.zeros(3, 6))
 
 
@@ -301,7 +341,11 @@ def test_upstream_factors_and_repeated_backwards(kind, backend):
     first, second = (divergence(student, teacher, kind=k, row_weight=weight, backend=backend) for k in (kind, "tvd"))
     (both,) = torch.autograd.grad(first + 2.0 * second, student)
     want = torch.autograd.grad(divergence(student, teacher, kind=kind, row_weight=weight, backend=backend), student)[0]
-    want = want + 2.0 * torch.autograd.grad(divergence(student, teacher, kind="tvd", row_weight=weight, backend=backend), student)[0]
+    want = (
+        want
+        + 2.0
+        * torch.autograd.grad(divergence(student, teacher, kind="tvd", row_weight=weight, backend=backend), student)[0]
+    )
     torch.testing.assert_close(both, want)
     rows = divergence(student, teacher, kind=kind, backend=backend)
     (recomputed,) = torch.autograd.grad((rows * weight).sum(), student)
@@ -310,8 +354,7 @@ def test_upstream_factors_and_repeated_backwards(kind, backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_gradients_are_made_only_when_somebody_wants_them(backend, monkeypatch):
-    import kdfast.ops.divergence as module
-
+    module = sys.modules["kdfast.ops.divergence"]  # kdfast.ops.divergence itself is the function
     asked = []
     real = module._sum_op
 
@@ -381,7 +424,8 @@ def test_a_class_masked_in_both_models_counts_nothing(kind, beta, backend, dim):
     inputs = [x.movedim(1, dim).requires_grad_() for x in (masked_s, masked_t)]
     rows = divergence(*inputs, kind=kind, beta=beta, dim=dim, backend=backend)
     want = divergence(student[:, keep], teacher[:, keep], kind=kind, beta=beta, backend=backend)
-    torch.testing.assert_close(rows, want, rtol=1e-12, atol=1e-15)
+    # the reference's alpha divides two nearly equal numbers' difference by a - 1
+    torch.testing.assert_close(rows, want, rtol=1e-9 if beta == 0.999 else 1e-12, atol=1e-15)
     grads = torch.autograd.grad(rows.sum(), inputs, allow_unused=True)
     for grad in (g.movedim(dim, 1) for g in grads if g is not None):
         assert torch.equal(grad[:, 7], torch.zeros(20, dtype=torch.float64))
@@ -405,7 +449,14 @@ def test_a_class_masked_in_one_model(backend, dim):
     (grad,) = torch.autograd.grad(infinite.sum(), leaf)  # q - p, finite although the loss is not
     torch.testing.assert_close(grad, student.softmax(-1) - teacher.softmax(-1))
     assert (rows(teacher, student, "reverse_kl") == INF).all()
-    for kind, beta in (("reverse_kl", 0.5), ("js", 0.3), ("skew_forward_kl", 0.1), ("skew_reverse_kl", 0.1), ("tvd", 0.5), ("alpha", 0.5)):
+    for kind, beta in (
+        ("reverse_kl", 0.5),
+        ("js", 0.3),
+        ("skew_forward_kl", 0.1),
+        ("skew_reverse_kl", 0.1),
+        ("tvd", 0.5),
+        ("alpha", 0.5),
+    ):
         leaf = student.clone().requires_grad_()
         finite = rows(leaf, teacher, kind, beta)
         assert finite.isfinite().all() and (finite > 0).all(), kind
@@ -446,7 +497,14 @@ def test_never_negative_and_always_finite(backend, rows, classes, scale, sigma, 
     student, teacher = (x.t().contiguous() if along else x for x in (student, teacher))
     student.requires_grad_()
     got = divergence(
-        student, teacher, kind=kind, beta=beta, temperature=temperature, labels=some_labels(kind, (rows,), classes), dim=dim, backend=backend
+        student,
+        teacher,
+        kind=kind,
+        beta=beta,
+        temperature=temperature,
+        labels=some_labels(kind, (rows,), classes),
+        dim=dim,
+        backend=backend,
     )
     assert (got >= 0).all(), got
     if kind == "alpha" and not 0 <= beta <= 1:
@@ -491,8 +549,8 @@ def test_same_bits_for_any_number_of_threads(shape, backend):
 MODE_CALLS = {
     "rows": lambda s, t: divergence(s, t, kind="js", beta=0.3, temperature=2.0),
     "rows dim 0": lambda s, t: divergence(s, t, kind="reverse_kl", dim=0),
-    "sum": lambda s, t: divergence(s, t, row_weight=torch.full((4,), 0.25)),
-    "dkd": lambda s, t: divergence(s, t.detach(), kind="dkd", beta=(1.0, 2.0), labels=torch.tensor([0, 1, 2, 3])),
+    "sum": lambda s, t: divergence(s, t, row_weight=torch.full((4,), 0.25, device=s.device)),
+    "dkd": lambda s, t: divergence(s, t.detach(), kind="dkd", beta=(1.0, 2.0), labels=torch.arange(4, device=s.device)),
 }
 
 
@@ -505,6 +563,7 @@ def test_modes(call, mode):
 
 
 @pytest.mark.skipif(not FUSED, reason="no fused backend")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own, about how it traces autograd functions
 def test_inductor_and_dynamic_shapes():
     student, teacher = logits(4, 9)
 
@@ -533,7 +592,9 @@ def test_automatic_choice_and_its_reasons():
     args = (student, teacher, 1.0, None, None)
     assert _choose(*args, "forward_kl", None) == (FUSED[0] if FUSED else "reference")
     assert _choose(*args, "dkd", None) == "reference"  # the teacher wants a gradient
-    with pytest.raises(ValueError, match=r"backend='cpu' cannot run.*no fused teacher gradient.*\(2, 3\).*float32.*reference"):
+    with pytest.raises(
+        ValueError, match=r"backend='cpu' cannot run.*no fused teacher gradient.*\(2, 3\).*float32.*reference"
+    ):
         divergence(student, teacher, kind="dkd", beta=(1, 1), labels=torch.tensor([0, 1]), backend="cpu")
     with pytest.raises(ValueError, match="backend: expected one of"):
         divergence(student, teacher, backend="fast")
