@@ -181,9 +181,10 @@ static void tile(const SelectiveCall& call, int64_t block) {
     V loss = zero;
     for (int64_t c = 0; c < C; ++c) {
       const V pa = load(ag + c * pitch) * inverse_a, pb = load(bg + c * pitch) * inverse_b, d = load(gg + c * pitch) - gap;
-      loss += kl_term<O>(to_a ? pb : pa, to_a ? pa : pb, to_a ? d : -d);
-      store(ag + c * pitch, to_a ? (pa - pb) * scale_a : zero);
-      store(bg + c * pitch, to_b ? (pb - pa) * scale_b : zero);
+      const Kl<V> learned = kl<O>(to_a ? pb : pa, to_a ? pa : pb, to_a ? d : -d);
+      loss += learned.term;
+      store(ag + c * pitch, to_a ? learned.difference * scale_a : zero);
+      store(bg + c * pitch, to_b ? learned.difference * scale_b : zero);
     }
     loss_a += sum_lanes_double<T>(to_a ? loss : zero);
     loss_b += sum_lanes_double<T>(to_b ? loss : zero);
