@@ -61,7 +61,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def check_int(name: str, value: int, *, low: int = 0) -> int:
+def check_int(name: str, value: object, *, low: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < low:

@@ -9,11 +9,11 @@ import ctypes
 import os
 import warnings
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 
-core: ModuleType | None = None
+core: Any = None  # the module kdfast._C; Any, since only the compiled module knows its functions
 reason: str = ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -119,7 +121,9 @@ def token_context_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     shape = _same_tokens(student, teacher)
     teacher = teacher if teacher_grad else teacher.detach()
-    options = dict(relation=relation, similarity=similarity, scale=scale, mask=mask, diagonal=diagonal, backend=backend)
+    options: dict[str, Any] = dict(
+        relation=relation, similarity=similarity, scale=scale, mask=mask, diagonal=diagonal, backend=backend
+    )
     dtype = compute_dtype(student, teacher)
     lone = 0 if diagonal else 1
     if mask is None:

@@ -146,7 +146,7 @@ def region_selection(
         (torch.where(chosen, _distance(teacher.detach(), student, distance), 0.0) + broken).sum() / regions
         for student, teacher, chosen in ((v_a, v_b, to_a), (v_b, v_a, to_b))
     ]
-    return RegionSelection(*losses, to_a.to(torch.int8) - to_b.to(torch.int8), r_a, r_b)
+    return RegionSelection(losses[0], losses[1], to_a.to(torch.int8) - to_b.to(torch.int8), r_a, r_b)
 
 
 def _regions(maps: Tensor, gh: int, gw: int) -> Tensor:

@@ -19,6 +19,7 @@ One backward of the sum is exact for both students because every teaching side i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def _mimic(student: Tensor, teacher: Tensor, alignment: str) -> Tensor:
         if alignment == "bilinear":
             student = _resize(student, teacher.shape[2:])
         else:
-            size = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:])]
+            size: Any = [min(pair) for pair in zip(student.shape[2:], teacher.shape[2:])]
             student, teacher = F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
     return F.mse_loss(student, teacher)
 
@@ -130,7 +131,7 @@ def cnn_vit_bsd_loss(
         terms["region"] = (w_region, [region.loss_to_a, region.loss_to_b])
     if low is not None and projections is not None:
         terms["hfd"] = (w_hfd, list(hfd_loss(*low, *projections, alignment=alignment)))
-    loss_a, loss_b = (sum(weight * pair[side] for weight, pair in terms.values()) for side in (0, 1))
+    loss_a, loss_b = (torch.stack([weight * pair[side] for weight, pair in terms.values()]).sum() for side in (0, 1))
     parts = {f"{name}_{side}": value for name, (_, pair) in terms.items() for side, value in zip("ab", pair)}
     parts |= {"loss_a": loss_a, "loss_b": loss_b}
     counts = {"num_valid": pixel.num_valid, "num_to_a": pixel.num_to_a, "num_to_b": pixel.num_to_b}
@@ -177,8 +178,8 @@ class Method(MethodBase):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        self.weights = {"w_hfd": w_hfd, "w_region": w_region, "w_pixel": w_pixel}
-        self.options = {
+        self.weights: dict[str, Any] = {"w_hfd": w_hfd, "w_region": w_region, "w_pixel": w_pixel}
+        self.options: dict[str, Any] = {
             "temperature": temperature, "normalizer": normalizer, "reliability": reliability, "grid": tuple(grid),
             "distance": distance, "alignment": alignment, "ignore_index": ignore_index,
         }  # fmt: skip
@@ -195,9 +196,10 @@ class Method(MethodBase):
         features = context.student_features, context.teacher_features
         high_a, high_b = (project(f["high"]) for project, f in zip(self.high_projections, features))
         ramp = min(1.0, context.step / self.warmup_steps) if self.warmup_steps else 1.0
+        scaled: dict[str, Any] = {name: ramp * weight for name, weight in self.weights.items()}
         return cnn_vit_bsd_loss(
             _resize(context.student, size), _resize(context.teacher, size), context.labels,
             low=(features[0]["low"], features[1]["low"]), high=(high_a, _resize(high_b, high_a.shape[2:])),
             projections=(self.low_projections[0], self.low_projections[1]),
-            **{name: ramp * weight for name, weight in self.weights.items()}, **self.options,
+            **scaled, **self.options,
         )  # fmt: skip

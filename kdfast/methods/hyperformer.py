@@ -71,7 +71,7 @@ def chequer_permutation(
     grids = []
     for r in range(count):
         first, second = (torch.randperm(width, generator=generator) for _ in range(2))
-        entries = []
+        entries: list[Tensor] = []
         for i in range(kernel_height):
             for j in range(kernel_width):
                 pair = first[i * kernel_width + j], width + second[i * kernel_width + j]

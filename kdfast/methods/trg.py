@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -243,11 +244,11 @@ class Method(MethodBase):
         self.samples = check_int("samples", samples, low=1)
         self.patch = check_int("patch", patch, low=1)
         self.sampler, self.class_tokens = sampler, class_tokens
-        self.tau = {"start": tau_start, "end": tau_end, "schedule": schedule}
+        self.tau: dict[str, Any] = {"start": tau_start, "end": tau_end, "schedule": schedule}
         for name in ("start", "end"):
             check_number(f"tau_{name}", self.tau[name], low=0.0, open_low=True)
         self.total_steps = total_steps
-        self.options = {
+        self.options: dict[str, Any] = {
             "k": k, "sigma": sigma, "alpha": alpha, "beta": beta, "gamma": gamma, "orientation": orientation,
             "direction": direction, "normalize": normalize, "similarity": similarity, "reduction": reduction,
             "kd_temperature": kd_temperature, "kd_weight": kd_weight, "kd_kind": kd_kind, "ignore_index": ignore_index,

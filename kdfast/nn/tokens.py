@@ -46,5 +46,5 @@ def align_maps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.dim() != 4 or b.dim() != 4 or a.shape[0] != b.shape[0]:
         raise ValueError(f"b: expected maps [B, C, h, w] of one batch size, got {tuple(a.shape)} and {tuple(b.shape)}")
     size = tuple(min(pair) for pair in zip(a.shape[2:], b.shape[2:]))
-    pooled = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
+    pooled = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))  # type: ignore[arg-type]
     return tuple(pooled)  # type: ignore[return-value]

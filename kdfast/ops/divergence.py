@@ -92,7 +92,7 @@ def divergence_reference(
         log_q, log_p = F.log_softmax(x, -1), F.log_softmax(z, -1)
         if kind == "dkd":
             assert labels is not None
-            rows = _dkd_rows(log_q, log_p, labels, beta)
+            rows = _dkd_rows(log_q, log_p, labels, beta)  # type: ignore[arg-type]  # a pair, as _check_kind saw
         else:
             rows = _f_divergence_rows(kind, log_q, log_p, beta)
     rows = torch.where(ignored, 0.0, rows)
@@ -459,6 +459,7 @@ def divergence_total(
         kd = (kd * weight).sum()
         ce = torch.zeros_like(kd)
         if ce_factor != 0:
+            assert labels is not None
             ce = (cross_entropy_rows(student, labels, weight != 0, classes, dim, label_smoothing) * weight).sum()
         return kd_factor * kd + ce_factor * ce, torch.stack((kd, ce)).detach()
     number, rows_t = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)

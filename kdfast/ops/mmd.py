@@ -97,7 +97,9 @@ def pairwise_mmd(
         joint = torch.cat((x, y)).to(compute_dtype(x, y))
         i, i_next, j, j_next = _partners(n, m, corrected, x.device)
         pairs = ((i, i_next, 1.0), (j, j_next, 1.0), (i, j_next, -1.0), (i_next, j, -1.0))
-        total = sum(sign * _kernel((joint[a] - joint[b]).square().sum(-1), bandwidths).sum() for a, b, sign in pairs)
+        total = joint.new_zeros(())
+        for a, b, sign in pairs:
+            total = total + sign * _kernel((joint[a] - joint[b]).square().sum(-1), bandwidths).sum()
         return total / (n if estimator == "linear" else n + m)
     xx, yy, xy = (_kernel_sum(a, b, bandwidths) for a, b in ((x, x), (y, y), (x, y)))
     if estimator == "unbiased":

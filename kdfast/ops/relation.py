@@ -17,6 +17,8 @@ products than eager does; rows with an upstream factor of their own make the sco
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,7 +74,7 @@ def relation_mse_reference(
 ) -> Tensor:
     """`relation_mse` in plain torch, from both whole score tables."""
     dtype = compute_dtype(student, teacher)
-    options = dict(relation=relation, similarity=similarity, scale=scale, mask=mask, diagonal=diagonal)
+    options: dict[str, Any] = dict(relation=relation, similarity=similarity, scale=scale, mask=mask, diagonal=diagonal)
     tables = [relation_table(tokens.to(dtype), **options) for tokens in (student, teacher)]
     rows = (tables[0] - tables[1]).square().sum(-1)
     return _weighted(rows, mask, row_weight)
@@ -208,6 +210,7 @@ def _gram_block(s: Tensor, t: Tensor, weight: Tensor | None, need_student: bool,
     rows = torch.linalg.vector_norm(s.sub_(t), dim=-1).square_()
     if not (need_student or need_teacher):
         return rows, (None, None)
+    assert weight is not None
     g = s.mul_(2 * weight.unsqueeze(-1))
     return rows, (g if need_student else None, -g if need_teacher else None)
 
@@ -223,6 +226,7 @@ def _softmax_block(s: Tensor, t: Tensor, weight: Tensor | None, need_student: bo
     rows = torch.linalg.vector_norm(e, dim=-1).square_()
     if not (need_student or need_teacher):
         return rows, (None, None)
+    assert weight is not None
     grads: list[Tensor | None] = []
     for table, need, sign in ((s, need_student, 2.0), (t, need_teacher, -2.0)):
         if not need:

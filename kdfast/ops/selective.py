@@ -90,7 +90,7 @@ def selective_kl_reference(
         counted = {"valid": valid, "selected": chosen, "all": torch.ones_like(valid)}[normalizer]
         losses.append(rows.sum() / counted.sum().clamp_min(1))
     direction = to_a.to(torch.int8) - to_b.to(torch.int8)
-    return SelectiveKL(*losses, direction, valid, l_a, l_b, valid.sum(), to_a.sum(), to_b.sum())
+    return SelectiveKL(losses[0], losses[1], direction, valid, l_a, l_b, valid.sum(), to_a.sum(), to_b.sum())
 
 
 def _reliability(logits: Tensor, index: Tensor, kind: str) -> Tensor:

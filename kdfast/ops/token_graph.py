@@ -385,7 +385,7 @@ def token_graph_kl(
             student, teacher, k=k, sigma=sigma, orientation=orientation, direction=direction, normalize=normalize, edges=edges
         )  # fmt: skip
     dtype = compute_dtype(student, teacher)
-    graphs = []
+    graphs: list[Tensor] = []
     for tokens in (student, teacher):
         tokens = tokens.to(dtype) if normalize or dtype == torch.float64 else tokens
         tokens = _normalized(tokens, normalize)
@@ -400,8 +400,7 @@ def _check_tokens(name: str, tokens: Tensor) -> None:
 
 
 def _check_k(k: int | None, n: int) -> None:
-    check_int("k", k)
-    if not 1 <= k <= n - 1:
+    if not 1 <= check_int("k", k) <= n - 1:
         raise ValueError(f"k: expected 1 to {n - 1} neighbours among {n} tokens, got {k}")
 
 
