@@ -15,6 +15,7 @@ namespace kdfast {
 
 void bind_divergence(py::module_& m);
 void bind_pairwise(py::module_& m);
+void bind_relation(py::module_& m);
 void bind_routing(py::module_& m);
 void bind_selective(py::module_& m);
 void bind_sinkhorn(py::module_& m);
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   kdfast::bind_machine(m);
   kdfast::bind_divergence(m);
   kdfast::bind_pairwise(m);
+  kdfast::bind_relation(m);
   kdfast::bind_routing(m);
   kdfast::bind_selective(m);
   kdfast::bind_sinkhorn(m);

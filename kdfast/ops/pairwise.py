@@ -9,12 +9,13 @@
 
 The gradient of l_i with respect to x_i needs row i alone. So the fused InfoNCE makes it in the forward pass, while the
 block of scores is still in cache: [N, D] numbers, which the backward multiplies by the upstream factor of the row. Only a
-gradient for y computes the scores again. Matrix products are torch.mm on blocks of rows.
+gradient for y computes the scores again. Matrix products are torch.mm on blocks of rows, csrc/cpu does the rest.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,17 @@ from torch import Tensor
 from kdfast import _core
 from kdfast._checks import check_choice, check_labels, check_number, check_pair
 from kdfast._dispatch import choose, core_reason
-from kdfast._library import address, compute_dtype, first_derivative_only, lib, operand, readable, transforms_active
+from kdfast._library import (
+    address,
+    apply_function,
+    compute_dtype,
+    eager_form,
+    first_derivative_only,
+    lib,
+    operand,
+    readable,
+    transforms_active,
+)  # fmt: skip
 
 SIMILARITIES = ("cosine", "dot")
 NORM_FLOOR = 1e-12  # the cosine with a zero vector is 0
@@ -127,6 +138,9 @@ class _Cost(torch.autograd.Function):
         return grad_x, grad_y, None
 
 
+_CostEager = eager_form(_Cost)
+
+
 # ---------------------------------------------------------------- InfoNCE: registration and autograd
 lib.define(
     "infonce_rows(Tensor x, Tensor y, Tensor positive, float scale, bool exclude_self, bool need_x) -> (Tensor, Tensor, Tensor)"
@@ -154,49 +168,40 @@ def row_blocks(rows: int, columns: int, itemsize: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _score_block(x: Tensor, y: Tensor, buffer: Tensor, start: int, stop: int, scale: float, exclude_self: bool):
-    """scale * x[start:stop] y^T in the buffer, and the same with the own column at -inf if it is excluded."""
-    scores = torch.mm(x[start:stop], y.T, out=buffer[: stop - start]).mul_(scale)
-    if exclude_self:
-        scores[:, start:].fill_diagonal_(-torch.inf)
-    return scores
-
-
 @torch.library.impl(lib, "infonce_rows", "CPU")
 def _infonce_rows_cpu(x, y, positive, scale, exclude_self, need_x):
     n, m = len(x), len(y)
     lse, rows = x.new_empty(n), x.new_empty(n)
     unit = x.new_empty(x.shape if need_x else (0,))  # dl_i/dx_i
-    blocks = row_blocks(n, m, x.element_size())
-    buffer = x.new_empty(blocks[0][1] if blocks else 0, m)
-    for start, stop in blocks:
-        scores = _score_block(x, y, buffer, start, stop, scale, exclude_self)
-        index = positive[start:stop].unsqueeze(1)
-        at_positive = scores.gather(1, index).squeeze(1)
-        top = scores.amax(1, keepdim=True)
-        mass = scores.sub_(top).exp_().sum(1)
-        torch.add(mass.log(), top.squeeze(1), out=lse[start:stop])
-        torch.sub(lse[start:stop], at_positive, out=rows[start:stop])
+    for start, stop, scores in _score_blocks(x, y):
+        _core.core.contrast_rows(
+            x.dtype == torch.float64, address(scores), stop - start, m, start, scale, address(positive[start:stop]), exclude_self,
+            address(rows[start:stop]), address(lse[start:stop]), need_x, 0,
+        )  # fmt: skip
         if need_x:
-            scores.mul_((scale / mass).unsqueeze(1))
-            scores.scatter_add_(1, index, scores.new_full((), -scale).expand(stop - start, 1))
             torch.mm(scores, y, out=unit[start:stop])
     return rows, lse, unit
 
 
 @torch.library.impl(lib, "infonce_rows_backward", "CPU")
 def _infonce_rows_backward_cpu(grad_rows, x, y, positive, lse, scale, exclude_self):
-    n, m = len(x), len(y)
+    grad_rows = grad_rows.contiguous()
     grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format)
-    blocks = row_blocks(n, m, x.element_size())
-    buffer = x.new_empty(blocks[0][1] if blocks else 0, m)
-    for start, stop in blocks:
-        scores = _score_block(x, y, buffer, start, stop, scale, exclude_self)
-        factor = (grad_rows[start:stop] * scale).unsqueeze(1)
-        scores.sub_(lse[start:stop].unsqueeze(1)).exp_().mul_(factor)
-        scores.scatter_add_(1, positive[start:stop].unsqueeze(1), -factor)
+    for start, stop, scores in _score_blocks(x, y):
+        _core.core.contrast_rows(
+            x.dtype == torch.float64, address(scores), stop - start, len(y), start, scale, address(positive[start:stop]),
+            exclude_self, 0, address(lse[start:stop]), False, address(grad_rows[start:stop]),
+        )  # fmt: skip
         grad_y.addmm_(scores.T, x[start:stop])
     return grad_y
+
+
+def _score_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, last row, x[rows] y^T): one buffer, written anew for each block of rows."""
+    blocks = row_blocks(len(x), len(y), x.element_size())
+    buffer = x.new_empty(max((stop - start for start, stop in blocks), default=0), len(y))
+    for start, stop in blocks:
+        yield start, stop, torch.mm(x[start:stop], y.T, out=buffer[: stop - start])
 
 
 _infonce_op = torch.ops.kdfast.infonce_rows.default
@@ -204,44 +209,33 @@ _infonce_backward_op = torch.ops.kdfast.infonce_rows_backward.default
 
 
 class _InfoNCE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, positive, scale, exclude_self):
-        output = _infonce_op(x, y, positive, scale, exclude_self, ctx.needs_input_grad[0])
-        _InfoNCE._save(ctx, x, y, positive, scale, exclude_self, output)
-        return output[0]
+    """(rows, log-sum-exps, unit gradients); only the rows are for others."""
 
     @staticmethod
-    def _save(ctx, x, y, positive, scale, exclude_self, output):
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(output[2], x, y, positive, output[1])
-        else:
-            ctx.save_for_backward(output[2])
-        ctx.options = (scale, exclude_self)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, grad_rows):
-        unit, *rest = ctx.saved_tensors
-        need_x, need_y = ctx.needs_input_grad[:2]
-        grad_y = _infonce_backward_op(grad_rows, *rest, *ctx.options) if need_y else None
-        return grad_rows.unsqueeze(1) * unit if need_x else None, grad_y, None, None, None
-
-
-class _InfoNCETransform(torch.autograd.Function):
-    """`_InfoNCE` in the form torch.func transforms ask for."""
-
-    @staticmethod
-    def forward(x, y, positive, scale, exclude_self):
-        return _infonce_op(x, y, positive, scale, exclude_self, True)
+    def forward(x, y, positive, scale, exclude_self, need_x):
+        return _infonce_op(x, y, positive, scale, exclude_self, need_x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _InfoNCE._save(ctx, *inputs, output)
-        ctx.mark_non_differentiable(output[1], output[2])
+        x, y, positive, *ctx.options = inputs[:5]
+        _, lse, unit = output
+        # without a gradient for y the unit gradients are all that the backward needs
+        ctx.save_for_backward(unit, *((x, y, positive, lse) if ctx.needs_input_grad[1] else ()))
+        ctx.mark_non_differentiable(lse, unit)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, grad_rows, *_):
-        return _InfoNCE.backward(ctx, grad_rows)
+        if grad_rows is None:  # nobody used the rows
+            return (None,) * 6
+        unit, *rest = ctx.saved_tensors
+        need_x, need_y = ctx.needs_input_grad[:2]
+        grad_y = _infonce_backward_op(grad_rows, *rest, *ctx.options) if need_y else None
+        return grad_rows.unsqueeze(1) * unit if need_x else None, grad_y, None, None, None, None
+
+
+_InfoNCEEager = eager_form(_InfoNCE)
 
 
 # ---------------------------------------------------------------- public
@@ -265,15 +259,10 @@ def pairwise_cost(x: Tensor, y: Tensor, *, p: int, backend: str | None = None) -
     if p not in (1, 2) or isinstance(p, bool):
         raise ValueError(f"p: expected 1 or 2, got {p!r}")
 
-    def cpu() -> str | None:
-        if (why := core_reason()) is not None:
-            return why
-        return None if x.device.type in ("cpu", "meta") else f"the tensors are on {x.device}"
-
-    if choose("pairwise_cost", backend, {"cpu": cpu}, (x, y)) == "reference":
+    if _choose("pairwise_cost", x, y, backend) == "reference":
         return pairwise_cost_reference(x, y, p=p)
     batch, n, m, width = math.prod(x.shape[:-2]), x.shape[-2], y.shape[-2], x.shape[-1]
-    cost = _Cost.apply(x.reshape(batch, n, width), y.reshape(batch, m, width), p)
+    cost = apply_function(_Cost, _CostEager, x.reshape(batch, n, width), y.reshape(batch, m, width), p)
     return cost.reshape(*x.shape[:-1], m)
 
 
@@ -320,15 +309,14 @@ def pairwise_infonce(
         check_labels(positive, x.shape[:1], x.device, "positive")
         if readable(positive) and positive.numel():
             _check_positive(positive, len(y), exclude_self)
-    if _choose_infonce(x, y, backend) == "reference":
+    if _choose("pairwise_infonce", x, y, backend) == "reference":
         return pairwise_infonce_reference(
             x, y, tau=tau, similarity=similarity, positive=positive, exclude_self=exclude_self
         )
     x, y = _operands(x, y, similarity)
     positive = torch.arange(len(x), device=x.device) if positive is None else positive.long()
-    if transforms_active():
-        return _InfoNCETransform.apply(x, y, positive, 1.0 / tau, exclude_self)[0]
-    return _InfoNCE.apply(x, y, positive, 1.0 / tau, exclude_self)
+    need_x = torch.is_grad_enabled() and (x.requires_grad or transforms_active())
+    return apply_function(_InfoNCE, _InfoNCEEager, x, y, positive, 1.0 / tau, exclude_self, need_x)[0]
 
 
 def _check_positive(positive: Tensor, columns: int, exclude_self: bool) -> None:
@@ -339,11 +327,13 @@ def _check_positive(positive: Tensor, columns: int, exclude_self: bool) -> None:
         raise ValueError("positive: expected another column than the row's own with exclude_self=True")
 
 
-def _choose_infonce(x: Tensor, y: Tensor, backend: str | None) -> str:
+def _choose(op: str, x: Tensor, y: Tensor, backend: str | None) -> str:
     def cpu() -> str | None:
+        if (why := core_reason()) is not None:
+            return why
         return None if x.device.type in ("cpu", "meta") else f"the tensors are on {x.device}"
 
-    return choose("pairwise_infonce", backend, {"cpu": cpu}, (x, y))
+    return choose(op, backend, {"cpu": cpu}, (x, y))
 
 
 def _check_points(x: Tensor, y: Tensor) -> None:

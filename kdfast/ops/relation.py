@@ -10,8 +10,8 @@ With G = dL/ds the gradient is scale (G + G^T) x, for both ends of a pair move:
 
     gram      G = 2 w_i (R - R')        softmax     G = 2 w_i (R E - R <R, E>), E = R - R'        w_i: the row's weight
 
-Fused, a block of both score tables is made by torch.bmm, compared while it is in cache and turned into G in its place; only
-tokens and rows are kept. The weighted sum (`row_weight`) stores its gradient in the forward pass, so it needs no more
+Fused, a block of both score tables is made by torch.mm or bmm, compared while it is in cache and turned into G in its place
+(csrc/cpu/relation.cpp, or the divergence kernels); only tokens and rows are kept. The weighted sum (`row_weight`) stores its gradient in the forward pass, so it needs no more
 products than eager does; rows with an upstream factor of their own make the scores again.
 """
 
@@ -23,9 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast import _core
 from kdfast._checks import check_choice, check_number, check_pair, check_row_tensor
 from kdfast._dispatch import choose, core_reason
-from kdfast._library import compute_dtype, first_derivative_only, lib, scale_gradient, transforms_active
+from kdfast._library import (
+    address,
+    apply_function,
+    compute_dtype,
+    eager_form,
+    first_derivative_only,
+    lib,
+    scale_gradient,
+    transforms_active,
+)  # fmt: skip
 from kdfast.ops.divergence import KINDS, divergence_reference
 from kdfast.ops.pairwise import BLOCK_BYTES, NORM_FLOOR, SIMILARITIES, row_blocks
 
@@ -160,33 +170,39 @@ def _relation_cpu(student, teacher, mask, row_weight, compare, beta, temperature
                   need_student, need_teacher):  # fmt: skip
     sets, n = student.shape[:2]
     rows = student.new_empty(sets, n)
-    grads = tuple(_gradient_like(x, need).zero_() for x, need in ((student, need_student), (teacher, need_teacher)))
-    fill = 0.0 if compare == "gram" else -torch.inf
-    for b0, b1, r0, r1 in _blocks(sets, n, student.element_size()):
-        tables = []
-        for tokens, scale in ((student, student_scale), (teacher, teacher_scale)):
-            table = torch.bmm(tokens[b0:b1, r0:r1], tokens[b0:b1].mT).mul_(scale)  # [b, r, N]
-            if mask is not None:
-                table.masked_fill_(~mask[b0:b1].unsqueeze(1), fill)
-            if not diagonal:
-                table[:, :, r0:].diagonal(dim1=1, dim2=2).fill_(fill)
-            tables.append(table)
+    sides = (student, student_scale, need_student), (teacher, teacher_scale, need_teacher)
+    grads = tuple(_gradient_like(x, need).zero_() for x, _, need in sides)
+    blocks = _blocks(sets, n, student.element_size())
+    size = max(((b1 - b0) * (r1 - r0) * n for b0, b1, r0, r1 in blocks), default=0)
+    buffers = student.new_empty(size), student.new_empty(size)
+    for b0, b1, r0, r1 in blocks:
+        shape = (b1 - b0, r1 - r0, n)
+        tables = [buffer[: shape[0] * shape[1] * n].view(shape) for buffer in buffers]
+        for table, (x, _, _) in zip(tables, sides):
+            _product(x[b0:b1, r0:r1], x[b0:b1].mT, table)
         weight = None if row_weight is None else row_weight[b0:b1, r0:r1]
-        needs = (need_student, need_teacher)
-        if compare == "gram":
-            block_rows, block_grads = _gram_block(*tables, weight, *needs)
-        elif compare == "softmax":
-            block_rows, block_grads = _softmax_block(*tables, weight, *needs)
+        if compare in MSE_RELATIONS:
+            _core.core.relation_rows(
+                student.dtype == torch.float64, compare, address(tables[0]), address(tables[1]), *shape, r0,
+                student_scale, teacher_scale, address(None if mask is None else mask[b0:b1]), diagonal, address(weight), n,
+                need_student, need_teacher, address(rows[b0:b1, r0:r1]), n,
+            )  # fmt: skip
         else:
-            block_rows, block_grads = _divergence_block(*tables, weight, *needs, compare, beta, temperature)
-        rows[b0:b1, r0:r1] = block_rows
-        sides = zip((student, teacher), (student_scale, teacher_scale), grads, block_grads)
-        for tokens, scale, grad, table_grad in sides:
-            if table_grad is not None:
-                _add_token_gradient(grad[b0:b1], table_grad, tokens[b0:b1], scale, r0, r1)
+            outputs = _divergence_block(
+                tables, sides, mask, diagonal, (b0, b1, r0), weight, (compare, beta, 0.0, temperature)
+            )
+            rows[b0:b1, r0:r1], *tables = outputs
+        for (x, _, need), grad, table in zip(sides, grads, tables):
+            if need:
+                _add_token_gradient(grad[b0:b1], table, x[b0:b1], r0, r1)
     if mask is not None:
         rows.masked_fill_(~mask, 0.0)
     return rows, *grads
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, [sets, ., .]; one set is a plain product, which runs faster than a batch of one."""
+    torch.mm(a[0], b[0], out=out[0]) if len(a) == 1 else torch.bmm(a, b, out=out)
 
 
 def _blocks(sets: int, n: int, itemsize: int) -> list[tuple[int, int, int, int]]:
@@ -197,55 +213,31 @@ def _blocks(sets: int, n: int, itemsize: int) -> list[tuple[int, int, int, int]]
     return [(b, b + 1, r0, r1) for b in range(sets) for r0, r1 in row_blocks(n, n, itemsize)]
 
 
-def _add_token_gradient(grad: Tensor, g: Tensor, x: Tensor, scale: float, r0: int, r1: int) -> None:
-    """grad += scale (G + G^T) x for the rows r0..r1 of G."""
-    if r1 - r0 == x.shape[1]:
-        grad.baddbmm_(g + g.mT, x, alpha=scale)
+def _add_token_gradient(grad: Tensor, g: Tensor, x: Tensor, r0: int, r1: int) -> None:
+    """grad += (G + G^T) x for the rows r0..r1 of G."""
+    if len(g) > 1 or r1 - r0 == x.shape[1]:  # whole sets: one product
+        grad.baddbmm_(g + g.mT, x)
         return
-    grad[:, r0:r1].baddbmm_(g, x, alpha=scale)
-    grad.baddbmm_(g.mT, x[:, r0:r1], alpha=scale)
+    grad[0, r0:r1].addmm_(g[0], x[0])
+    grad[0].addmm_(g[0].T, x[0, r0:r1])
 
 
-def _gram_block(s: Tensor, t: Tensor, weight: Tensor | None, need_student: bool, need_teacher: bool):
-    rows = torch.linalg.vector_norm(s.sub_(t), dim=-1).square_()
-    if not (need_student or need_teacher):
-        return rows, (None, None)
-    assert weight is not None
-    g = s.mul_(2 * weight.unsqueeze(-1))
-    return rows, (g if need_student else None, -g if need_teacher else None)
-
-
-def _softmax_block(s: Tensor, t: Tensor, weight: Tensor | None, need_student: bool, need_teacher: bool):
-    for table in (s, t):
-        # A row of only -inf (no column left) becomes zeros, not NaN; NaN tokens stay NaN.
-        top = table.amax(-1, keepdim=True)
-        table.sub_(top.masked_fill_(top == -torch.inf, 0.0)).exp_()
-        mass = table.sum(-1, keepdim=True)
-        table.div_(mass.masked_fill_(mass == 0, 1.0))
-    e = s - t
-    rows = torch.linalg.vector_norm(e, dim=-1).square_()
-    if not (need_student or need_teacher):
-        return rows, (None, None)
-    assert weight is not None
-    grads: list[Tensor | None] = []
-    for table, need, sign in ((s, need_student, 2.0), (t, need_teacher, -2.0)):
-        if not need:
-            grads.append(None)
-            continue
-        inner = torch.linalg.vecdot(table, e).unsqueeze(-1)  # <R, E>
-        grads.append(table.mul_(e - inner).mul_(sign * weight.unsqueeze(-1)))
-    return rows, tuple(grads)
-
-
-def _divergence_block(s, t, weight, need_student, need_teacher, kind, beta, temperature):
-    options = (kind, beta, 0.0, temperature, s.shape[-1], s.dim() - 1)
-    rows, stats = torch.ops.kdfast.divergence_rows(s, t, None, None, *options)
-    if not (need_student or need_teacher):
-        return rows, (None, None)
-    grads = torch.ops.kdfast.divergence_rows_backward(
-        weight.contiguous(), s, t, stats, None, None, *options, need_student, need_teacher
-    )
-    return rows, tuple(g if need else None for g, need in zip(grads, (need_student, need_teacher)))
+def _divergence_block(tables, sides, mask, diagonal, block, weight, kind):
+    """(rows, gradients of the products) by the divergence kernels; left-out columns are -inf logits."""
+    b0, b1, r0 = block
+    for table, (_, scale, _) in zip(tables, sides):
+        table.mul_(scale)
+        if mask is not None:
+            table.masked_fill_(~mask[b0:b1].unsqueeze(1), -torch.inf)
+        if not diagonal:
+            table[:, :, r0:].diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    options = (*kind, tables[0].shape[-1], tables[0].dim() - 1)
+    rows, stats = torch.ops.kdfast.divergence_rows(*tables, None, None, *options)
+    needs = tuple(need for _, _, need in sides)
+    if not any(needs):
+        return rows, None, None
+    grads = torch.ops.kdfast.divergence_rows_backward(weight.contiguous(), *tables, stats, None, None, *options, *needs)
+    return rows, *(g.mul_(scale) if need else None for g, (_, scale, need) in zip(grads, sides))
 
 
 _relation_op = torch.ops.kdfast.relation.default
@@ -272,6 +264,9 @@ class _Rows(torch.autograd.Function):
             grad_rows = grad_rows.masked_fill(~mask, 0.0)
         _, *grads = _relation_op(student, teacher, mask, grad_rows.contiguous(), *ctx.options, *needs)
         return grads[0] if needs[0] else None, grads[1] if needs[1] else None, None, None
+
+
+_RowsEager = eager_form(_Rows)
 
 
 class _Sum(torch.autograd.Function):
@@ -301,7 +296,7 @@ def _fused(student, teacher, mask, row_weight, similarity, scale, compare, beta,
     mask = None if mask is None else mask.reshape(-1, shape[-1])
     options = (compare, beta, temperature, _scale_of(student, scale), _scale_of(teacher, scale), diagonal)
     if row_weight is None or transforms_active():
-        rows = _Rows.apply(x, z, mask, options).reshape(shape)
+        rows = apply_function(_Rows, _RowsEager, x, z, mask, options).reshape(shape)
         return rows if row_weight is None else (rows * row_weight).sum()
     weight = row_weight.to(dtype).reshape(-1, shape[-1])
     if mask is not None:
@@ -341,7 +336,7 @@ def relation_mse(
     """
     check_choice("relation", relation, MSE_RELATIONS)
     _check(student, teacher, similarity, scale, mask, row_weight)
-    if _choose("relation_mse", student, row_weight, None, backend) == "reference":
+    if _choose("relation_mse", student, row_weight, backend) == "reference":
         return relation_mse_reference(
             student, teacher, relation=relation, similarity=similarity, scale=scale, mask=mask, diagonal=diagonal,
             row_weight=row_weight,
@@ -381,7 +376,7 @@ def relation_kl(
     check_number("beta", beta)
     check_number("temperature", temperature, low=0.0, open_low=True)
     _check(student, teacher, similarity, scale, mask, row_weight)
-    if _choose("relation_kl", student, row_weight, core_reason(), backend) == "reference":
+    if _choose("relation_kl", student, row_weight, backend) == "reference":
         return relation_kl_reference(
             student, teacher, kind=kind, beta=beta, temperature=temperature, similarity=similarity, scale=scale, mask=mask,
             diagonal=diagonal, row_weight=row_weight,
@@ -411,9 +406,9 @@ def _check(student, teacher, similarity, scale, mask, row_weight) -> None:
         check_row_tensor("row_weight", row_weight, student.shape[:-1], student.device)
 
 
-def _choose(op: str, student: Tensor, row_weight: Tensor | None, why: str | None, backend: str | None) -> str:
+def _choose(op: str, student: Tensor, row_weight: Tensor | None, backend: str | None) -> str:
     def cpu() -> str | None:
-        if why is not None:
+        if (why := core_reason()) is not None:
             return why
         if student.device.type not in ("cpu", "meta"):
             return f"the tensors are on {student.device}"

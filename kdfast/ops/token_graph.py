@@ -26,7 +26,7 @@ from torch import Tensor
 from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number, check_pair
 from kdfast._dispatch import choose, core_reason
-from kdfast._library import address, compute_dtype, first_derivative_only, lib, readable
+from kdfast._library import address, apply_function, compute_dtype, eager_form, first_derivative_only, lib, readable
 from kdfast.ops.pairwise import NORM_FLOOR, row_blocks
 
 ORIENTATIONS = ("row", "column")
@@ -92,7 +92,7 @@ def _edges_of(tokens, k, sigma, orientation, edges, backend) -> tuple[Tensor, Te
         if backend == "reference":
             weights = (-(tokens[sources.long()] - tokens[targets.long()]).square().sum(-1) / (2 * sigma)).exp()
         else:
-            weights = _EdgeWeights.apply(tokens, sources, targets, sigma)
+            weights = apply_function(_EdgeWeights, _EdgeWeightsEager, tokens, sources, targets, sigma)
     return (sources, targets, weights) if orientation == "row" else (targets, sources, weights)
 
 
@@ -304,6 +304,9 @@ class _SparseKL(torch.autograd.Function):
         return None, None, student if needs[0] else None, None, None, teacher if needs[1] else None, None, None
 
 
+_KnnGraphEager, _EdgeWeightsEager, _SparseKLEager = (eager_form(form) for form in (_KnnGraph, _EdgeWeights, _SparseKL))
+
+
 # ---------------------------------------------------------------- public
 def knn_graph(tokens: Tensor, k: int, *, sigma: float = 1.0, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The k nearest other tokens of every token, and the weights of the edges to them.
@@ -328,7 +331,7 @@ def knn_graph(tokens: Tensor, k: int, *, sigma: float = 1.0, backend: str | None
     check_number("sigma", sigma, low=0.0, open_low=True)
     if _choose("knn_graph", (tokens,), backend) == "reference":
         return knn_graph_reference(tokens, k, sigma=sigma)
-    return _KnnGraph.apply(tokens, k, float(sigma))
+    return apply_function(_KnnGraph, _KnnGraphEager, tokens, k, float(sigma))
 
 
 def token_graph_kl(
@@ -390,7 +393,7 @@ def token_graph_kl(
         tokens = tokens.to(dtype) if normalize or dtype == torch.float64 else tokens
         tokens = _normalized(tokens, normalize)
         graphs += _edges_of(tokens, k, float(sigma), orientation, edges, chosen)
-    return _SparseKL.apply(*graphs, len(student), direction == "teacher_student")
+    return apply_function(_SparseKL, _SparseKLEager, *graphs, len(student), direction == "teacher_student")
 
 
 def _check_tokens(name: str, tokens: Tensor) -> None:

@@ -198,6 +198,7 @@ def test_infonce_gradcheck(options):
     assert torch.autograd.gradcheck(lambda a, b: pairwise_infonce(a, b, **options), (x, y))
 
 
+@core
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_infonce_equals_the_reference(options, blocks, monkeypatch):
@@ -244,6 +245,7 @@ def test_infonce_reference_has_second_derivatives():
     assert x.grad is not None and float(x.grad.abs().max()) > 0
 
 
+@core
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_infonce_modes(mode, exclude_self):
