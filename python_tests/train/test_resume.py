@@ -43,7 +43,9 @@ def assert_same_bits(got, want):
 def test_bits_after_kill_9_and_resume(moment, at, workers, tmp_path, uninterrupted):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "ignore", str(Path(toy.__file__)), str(tmp_path), moment, str(workers)]
-    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
+    killed = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = toy.distiller(tmp_path)
     assert resumed.resume()

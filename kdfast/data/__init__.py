@@ -1,0 +1,22 @@
+"""Small offline problems by name, and what makes batches."""
+
+from __future__ import annotations
+
+import importlib
+
+from kdfast.data.task import Rows, Task, models
+
+__all__ = ["TASKS", "Rows", "Task", "load_task", "models"]
+
+# name: where its Task is made. Modules load on demand: they need the train extra.
+TASKS = {
+    "digits": "kdfast.data.digits:digits_task",
+}
+
+
+def load_task(name: str) -> Task:
+    """The Task of a name; ValueError naming those there are."""
+    if name not in TASKS:
+        raise ValueError(f"data: expected one of {', '.join(TASKS)}, got {name!r}")
+    module, function = TASKS[name].split(":")
+    return getattr(importlib.import_module(module), function)()

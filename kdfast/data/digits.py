@@ -1,0 +1,66 @@
+"""scikit-learn's handwritten digits (1797 images of 8x8, in the package: nothing is downloaded), and small networks for them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from torch import nn
+
+from kdfast.data.task import Rows, Task
+
+CLASSES = 10
+
+
+def digit_images() -> tuple[torch.Tensor, torch.Tensor]:
+    """All images [1797, 1, 8, 8] with pixels in [0, 1], and their labels [1797] int64."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images.astype(np.float32) / 16.0).unsqueeze(1)
+    return images, torch.from_numpy(data.target.astype(np.int64))
+
+
+def digit_splits(seed: int = 0, *, teacher: int = 900, student: int = 200, val: int = 300) -> dict[str, Rows]:
+    """Disjoint, class-balanced splits of a seed: "teacher", "val", "test" (the rest); "student" is a part of "teacher".
+
+    The student sees few labels and the teacher many: the case that distillation is for.
+    """
+    from sklearn.model_selection import train_test_split
+
+    images, labels = digit_images()
+    classes = labels.numpy()
+    for_teacher, rest = train_test_split(
+        np.arange(len(classes)), train_size=teacher, stratify=classes, random_state=seed
+    )
+    for_student, _ = train_test_split(for_teacher, train_size=student, stratify=classes[for_teacher], random_state=seed)
+    for_val, for_test = train_test_split(rest, train_size=val, stratify=classes[rest], random_state=seed)
+    chosen = {"teacher": for_teacher, "student": for_student, "val": for_val, "test": for_test}
+    return {name: Rows(images[index], labels[index]) for name, index in chosen.items()}
+
+
+def digit_mlp(width: int) -> nn.Sequential:
+    """64-width-width-10, with named layers: logits [B, 10] of images [B, 1, 8, 8]."""
+    return nn.Sequential(
+        OrderedDict(
+            flat=nn.Flatten(),
+            hidden=nn.Sequential(nn.Linear(64, width), nn.ReLU()),
+            embedding=nn.Sequential(nn.Linear(width, width), nn.ReLU()),
+            head=nn.Linear(width, CLASSES),
+        )
+    )
+
+
+def digits_task() -> Task:
+    """Ten classes; teacher 64-256-256-10 on 900 labels, student 64-16-16-10 on 200 of them."""
+    return Task(
+        name="digits",
+        title="handwritten digits (scikit-learn), 200 labels for the student, 900 for its teacher",
+        splits=digit_splits,
+        student=lambda: digit_mlp(16),
+        teacher=lambda: digit_mlp(256),
+        layers={"hidden": ("hidden", "hidden"), "embedding": ("embedding", "embedding")},
+        widths={"hidden": (16, 256), "embedding": (16, 256)},
+        threads=1,
+    )

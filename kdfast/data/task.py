@@ -1,0 +1,85 @@
+"""What a small offline problem tells the trainer: data, models, and where their features are. It knows no method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from kdfast.metrics import accuracy
+
+
+class Rows(Dataset):
+    """Tensors of one length, read a batch at a time: on small problems the usual item-by-item collation costs more than the model."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return tuple(tensor[indices] for tensor in self.tensors)
+
+
+def as_read(batch: Any) -> Any:
+    """collate_fn for `Rows`, whose batches are tensors already (and, in a worker, must be importable)."""
+    return batch
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem that a method can run on by name.
+
+    splits: seed -> {"teacher", "student", "val", "test": Dataset of (inputs, labels)}; the networks train on the first two,
+        settings are chosen on "val", figures are of "test".
+    student, teacher: make the networks, freshly initialised. peers: the second network is no trained teacher but a student too.
+    layers: {name: (student path, teacher path)} of features a method may read, widths: {name: their channels}.
+    dim: class axis of the logits; ignore_index: of the labels. metrics: {name: (predictions, labels) -> float}; the first counts.
+    steps, eval_every, teacher_steps, batch_size, lr: optimizer steps of AdamW at a constant rate.
+    threads: of torch while it runs, None for as many as are set; tiny networks only wait for their threads.
+    """
+
+    name: str
+    title: str
+    splits: Callable[[int], Mapping[str, Dataset]]
+    student: Callable[[], nn.Module]
+    teacher: Callable[[], nn.Module]
+    peers: bool = False
+    layers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    dim: int = -1
+    ignore_index: int = -100
+    metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=lambda: {"accuracy": accuracy})
+    steps: int = 800
+    eval_every: int = 40
+    teacher_steps: int = 600
+    batch_size: int = 64
+    lr: float = 2e-3
+    threads: int | None = None
+
+    def train_loader(self, data: Dataset, steps: int) -> DataLoader:
+        """`steps` full batches per epoch, whatever the size of the data: it is gone through again and again, shuffled anew."""
+        sampler = RandomSampler(data, num_samples=steps * self.batch_size)  # type: ignore[arg-type]
+        return DataLoader(data, self.batch_size, sampler=sampler, collate_fn=_collate(data))
+
+    def eval_loader(self, data: Dataset) -> DataLoader:
+        return DataLoader(data, 4 * self.batch_size, collate_fn=_collate(data))
+
+
+def _collate(data: Dataset) -> Callable | None:
+    return as_read if isinstance(data, Rows) else None
+
+
+def models(task: Task, seed: int) -> tuple[nn.Module, nn.Module]:
+    """Student and teacher of a seed: the same initial weights whoever asks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.student(), task.teacher()

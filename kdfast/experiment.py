@@ -1,0 +1,263 @@
+"""The main job: a teacher, then the student with labels alone, with plain KD and with a method, over seeds; report from the numbers.
+
+Every finished piece (a teacher of a seed, an arm of a seed) is a file in `out`; a run that was stopped goes on with the rest.
+Figures are of the test split; settings come from the validation split (docs/training.md). Nothing is chosen on the test split.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_model
+from torch.optim import AdamW
+
+from kdfast import __version__, backend_info
+from kdfast.data import Task, load_task, models
+from kdfast.losses import LossOutput
+from kdfast.methods import Context, load
+from kdfast.metrics.comparison import compare, sentence, summary
+from kdfast.report import draw, markdown
+from kdfast.train import Distiller
+from kdfast.train.checkpoint import write_text
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the student: a method's slug, or None for labels alone."""
+
+    name: str
+    method: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Cross-entropy of the student, and of the second network where it is a student too."""
+
+    ignore_index: int = -100
+    trains_teacher: bool = False
+
+    def __call__(self, context: Context) -> LossOutput:
+        networks = (context.student, context.teacher)[: 2 if self.trains_teacher else 1]
+        assert context.labels is not None
+        losses = [F.cross_entropy(logits, context.labels, ignore_index=self.ignore_index) for logits in networks]
+        total = losses[0] + losses[1] if self.trains_teacher else losses[0]
+        return LossOutput(total, {"ce": total.detach()})
+
+
+def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
+    """Labels alone, the plain form (KD, or mutual learning of two students), the method; every option checked."""
+    plain = "mutual" if task.peers else "kd"
+    arms = [Arm("ce", None)]
+    for slug, given in ((plain, options if method == plain else {}), (method, options)):
+        if slug == arms[-1].method:  # the method is the plain form
+            continue
+        kind = load(slug)
+        wanted = getattr(kind, "captures", ())
+        absent = [name for name in wanted if name not in task.layers]
+        if absent:
+            raise ValueError(
+                f"method: {slug} reads {', '.join(absent)}; {task.name} has {', '.join(task.layers) or 'no features'}"
+            )
+        if getattr(kind, "trains_teacher", False) != task.peers:
+            kinds = {True: "two students that teach each other", False: "a trained teacher"}
+            raise ValueError(f"method: {slug} is for {kinds[not task.peers]}, {task.name} has {kinds[task.peers]}")
+        known = inspect.signature(kind).parameters
+        of_task = {"ignore_index": task.ignore_index, "dim": task.dim}
+        bound = {name: value for name, value in of_task.items() if name in known} | dict(given)
+        kind(
+            *([task.widths] if wanted else []), **bound
+        )  # a wrong option is refused now, not after the teacher's training
+        arms.append(Arm(slug, slug, bound))
+    return arms
+
+
+def run(
+    data: str | Task,
+    method: str,
+    *,
+    seeds: int = 5,
+    out: str | Path,
+    options: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Runs what is not in `out` yet; writes results.json, curves.png, report.md, student.safetensors; returns the results.
+
+    Args:
+        data: a task of `kdfast.data.TASKS`. method: a slug (`kdfast methods`). seeds: 0 to seeds-1, each with its own split,
+            weights and batch order. options: of the method. steps: optimizer steps of the student (default: the task's).
+    Raises:
+        ValueError: unknown names, features the task does not have, or an `out` that holds a run with other settings.
+    """
+    task = load_task(data) if isinstance(data, str) else data
+    if seeds < 1:
+        raise ValueError(f"seeds: expected >= 1, got {seeds}")
+    steps = task.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps: expected >= 1, got {steps}")
+    arms = arms_of(task, method, options or {})
+    settings = {
+        "data": task.name, "method": method, "options": dict(options or {}), "steps": steps, "teacher_steps": task.teacher_steps,
+        "batch_size": task.batch_size, "lr": task.lr,
+    }  # fmt: skip
+    out = Path(out)
+    _claim(out, settings)
+    names = [*(() if task.peers else ("teacher",)), *(arm.name for arm in arms)]
+    pieces: dict[str, Callable[[int], dict[str, Any]]] = {"teacher": lambda seed: _train_teacher(task, seed, out)}
+    pieces |= {arm.name: partial(_train_arm, task, arm, steps=steps, out=out) for arm in arms}
+    rows: list[dict[str, Any]] = []
+    total = seeds * len(names)
+    with _threads(task.threads):
+        for seed in range(seeds):
+            for name in names:
+                on_progress(f"seed {seed}: {name}", len(rows), total)
+                row = _once(out / "runs" / f"{name}-{seed}.json", partial(pieces[name], seed))
+                rows.append({"arm": name, "seed": seed, **row})
+    on_progress("report", total, total)
+    results = _results(task, settings, [arm.name for arm in arms], rows)
+    best = max((row for row in rows if row["arm"] == arms[-1].name), key=lambda row: row["val"])
+    results["student"] = {"arm": best["arm"], "seed": best["seed"], "chosen by": "validation score"}
+    student = (out / "runs" / f"{best['arm']}-{best['seed']}.safetensors").read_bytes()
+    (out / "student.safetensors").write_bytes(student)
+    draw(results, out / "curves.png")
+    write_text(out / "results.json", json.dumps(results, indent=1))
+    write_text(out / "report.md", markdown(results))
+    return results
+
+
+# ---------------------------------------------------------------- the pieces
+def _claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Pieces of different settings must not be mixed in one folder."""
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    path, text = out / "settings.json", json.dumps(settings, indent=1)
+    if path.exists() and path.read_text() != text:
+        raise ValueError(f"out: {out} holds a run with other settings ({path}); choose another folder or remove it")
+    write_text(path, text)
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if not path.exists():
+        write_text(path, json.dumps(make()))
+    return json.loads(path.read_text())
+
+
+def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
+    _, teacher = models(task, seed)
+    distiller = Distiller(teacher, None, Labels(task.ignore_index), **_common(task, seed))
+    return _fit(task, distiller, "teacher", seed, task.teacher_steps, out / "runs" / f"teacher-{seed}.safetensors")
+
+
+def _train_arm(task: Task, arm: Arm, seed: int, *, steps: int, out: Path) -> dict[str, Any]:
+    student, other = models(task, seed)
+    if not task.peers:
+        load_model(other, out / "runs" / f"teacher-{seed}.safetensors")
+    if arm.method is None:
+        method: Any = Labels(task.ignore_index, trains_teacher=task.peers)
+        distiller = Distiller(student, other if task.peers else None, method, **_common(task, seed))
+    else:
+        wanted = getattr(load(arm.method), "captures", ())
+        distiller = Distiller(
+            student, other, arm.method, options=arm.options, capture={name: task.layers[name] for name in wanted},
+            widths={name: task.widths[name] for name in wanted}, **_common(task, seed),
+        )  # fmt: skip
+    return _fit(task, distiller, "student", seed, steps, out / "runs" / f"{arm.name}-{seed}.safetensors")
+
+
+def _common(task: Task, seed: int) -> dict[str, Any]:
+    return {
+        "optimizer": lambda parameters: AdamW(parameters, lr=task.lr), "ignore_index": task.ignore_index, "metrics": task.metrics,
+        "log_every": task.eval_every, "seed": seed, "progress": False,
+    }  # fmt: skip
+
+
+def _fit(task: Task, distiller: Distiller, part: str, seed: int, steps: int, weights: Path) -> dict[str, Any]:
+    """Trains on one part, validates every `eval_every` steps, and reads the test split once, at the end."""
+    splits = task.splits(seed)
+    epochs = max(1, round(steps / task.eval_every))
+    loader = task.train_loader(splits[part], max(1, steps // epochs))
+    distiller.fit(loader, epochs, eval_loader=task.eval_loader(splits["val"]))
+    score = next(iter(task.metrics))
+    networks = [distiller.student, distiller.teacher] if task.peers else [distiller.student]
+    val, test = (
+        [distiller.evaluate(task.eval_loader(splits[name]), network)[score] for network in networks]
+        for name in ("val", "test")
+    )
+    distiller.save(weights)
+    rows = distiller.history.rows
+    return {
+        "test": sum(test) / len(test),  # two students: their mean
+        "val": sum(val) / len(val),
+        "each": test,
+        "ms_per_step": median(row["ms_per_step"] for row in rows if "ms_per_step" in row),
+        "curve": [[row["step"], row[f"eval_{score}"]] for row in rows if f"eval_{score}" in row],
+    }
+
+
+def _results(task: Task, settings: dict[str, Any], arms: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    by_arm = {
+        name: [row for row in rows if row["arm"] == name] for name in (*(() if task.peers else ("teacher",)), *arms)
+    }
+    score = next(iter(task.metrics))
+    scores = {name: [row["test"] for row in found] for name, found in by_arm.items()}
+    pairs = [(a, b) for i, a in enumerate(arms) for b in arms[:i]]
+    return {
+        "task": task.title,
+        "score": score,
+        "settings": settings,
+        "seeds": [row["seed"] for row in by_arm[arms[0]]],
+        "arms": {
+            name: {
+                "test": scores[name], **summary(scores[name]), "val": [row["val"] for row in found],
+                "ms_per_step": median(row["ms_per_step"] for row in found), "curves": [row["curve"] for row in found],
+            }
+            for name, found in by_arm.items()
+        },
+        "comparisons": [
+            {"arm": a, "against": b, **compare(scores[a], scores[b]), "sentence": sentence(a, scores[a], b, scores[b], score=score)}
+            for a, b in pairs
+        ],
+        "versions": {"kdfast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "threads": task.threads or torch.get_num_threads()},
+        "backend": backend_info(),
+        "commit": _commit(),
+    }  # fmt: skip
+
+
+def _commit() -> str | None:
+    """The commit of the sources, with "+" when they were changed since; None when this is no checkout of kdfast."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *command], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if not git("ls-files", "--full-name", ":/kdfast/catalogue.py"):  # installed inside somebody else's repository
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

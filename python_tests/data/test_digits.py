@@ -1,0 +1,73 @@
+"""Splits are disjoint, balanced and decided by the seed; loaders give what they promise."""
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+from kdfast.data import TASKS, Rows, load_task, models
+from kdfast.data.digits import digit_images, digit_splits
+
+
+def keys(rows):
+    return {tuple(image.flatten().tolist()) for image in rows.tensors[0]}
+
+
+def test_splits_are_disjoint_balanced_and_complete():
+    images, labels = digit_images()
+    assert (
+        images.shape == (1797, 1, 8, 8) and images.min() == 0 and images.max() == 1 and labels.bincount().min() >= 174
+    )
+    splits = digit_splits(3)
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "teacher": 900,
+        "student": 200,
+        "val": 300,
+        "test": 597,
+    }
+    parts = {name: keys(rows) for name, rows in splits.items()}
+    assert parts["student"] < parts["teacher"]
+    for a, b in (("teacher", "val"), ("teacher", "test"), ("val", "test")):
+        assert not parts[a] & parts[b]
+    assert len(parts["teacher"] | parts["val"] | parts["test"]) == len(keys(Rows(images)))
+    assert splits["student"].tensors[1].bincount(minlength=10).min() >= 19
+
+
+def test_the_seed_decides():
+    a, b, c = digit_splits(1), digit_splits(1), digit_splits(2)
+    assert torch.equal(a["test"].tensors[0], b["test"].tensors[0])
+    assert keys(a["test"]) != keys(c["test"])
+    task = load_task("digits")
+    (first, _), (again, _), (other, _) = models(task, 1), models(task, 1), models(task, 2)
+    assert torch.equal(first.head.weight, again.head.weight) and not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_train_loader_has_the_steps_asked_for_and_goes_through_all_the_data():
+    task = load_task("digits")
+    data = Rows(torch.arange(70), torch.arange(70))
+    batches = list(task.train_loader(data, 5))
+    assert [len(batch[0]) for batch in batches] == [64] * 5
+    counts = torch.cat([batch[0] for batch in batches]).bincount(minlength=70)
+    assert counts.min() >= 4 and counts.max() <= 5  # 320 reads of 70 rows
+    assert torch.cat([batch[1] for batch in task.eval_loader(data)]).tolist() == list(range(70))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_layers_of_a_task_exist_and_have_the_widths_it_says(name):
+    from kdfast.train import capture_outputs
+
+    task = load_task(name)
+    data = task.splits(0)["val"]
+    inputs, labels = next(iter(task.eval_loader(data)))
+    for side, model in enumerate(models(task, 0)):
+        model.eval()
+        with torch.no_grad(), capture_outputs(model, {key: paths[side] for key, paths in task.layers.items()}) as found:
+            logits = model(inputs[:3])
+        assert logits.movedim(task.dim, -1).shape[:-1] == labels[:3].shape
+        for key, widths in task.widths.items():
+            assert found[key].shape[1] == widths[side], key
+
+
+def test_unknown_task():
+    with pytest.raises(ValueError, match=r"data: expected one of digits.*, got 'imagenet'"):
+        load_task("imagenet")
