@@ -1,5 +1,6 @@
 """The commands: what they print and write, where they stop, and what is said without the extra."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from kdfast import cli, doctor, experiment
 from kdfast.catalogue import CATALOGUE
+from kdfast.data import load_task
 
 
 def call(capsys, *arguments):
@@ -99,6 +101,17 @@ def test_distill_prints_the_table_the_sentences_and_last_the_path(finished, caps
     for name, arm in results["arms"].items():
         assert name in text and f"{100 * arm['mean']:.2f}" in text
     assert text.splitlines()[-1] == f"report: {out / 'report.md'}"
+
+
+def test_two_students_are_scored_together_and_need_no_teacher(tmp_path):
+    task = dataclasses.replace(load_task("digits"), peers=True, teacher=load_task("digits").student)
+    results = experiment.run(task, "mutual", seeds=1, steps=40, out=tmp_path)
+    assert list(results["arms"]) == ["ce", "mutual"]
+    row = json.loads((tmp_path / "runs" / "mutual-0.json").read_text())
+    assert len(row["each"]) == 2 and row["test"] == pytest.approx(sum(row["each"]) / 2)
+    assert results["comparisons"][0]["sentence"].endswith("one seed decides nothing.")
+    with pytest.raises(ValueError, match="kd is for a trained teacher, digits has two students"):
+        experiment.run(task, "kd", out=tmp_path / "other")
 
 
 @pytest.mark.parametrize(

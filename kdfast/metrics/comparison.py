@@ -55,8 +55,8 @@ def sentence(
     start = f"{name} {mean_and_error(values)} against {other} {mean_and_error(baseline)} (test {score} in %, n = {found['n']})"
     if found["low"] is None:
         return f"{start}: one seed decides nothing."
-    interval = f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
+    interval = f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f}"
     return (
-        f"{start}: {found['verdict']}; the paired difference is {100 * found['mean']:+.1f}, "
+        f"{start}: {found['verdict']}; the paired difference is {100 * found['mean']:+.2f}, "
         f"{100 * found['level']:.0f} % interval {interval}."
     )
