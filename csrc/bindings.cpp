@@ -19,6 +19,7 @@ void bind_relation(py::module_& m);
 void bind_routing(py::module_& m);
 void bind_selective(py::module_& m);
 void bind_sinkhorn(py::module_& m);
+void bind_sinkhorn_kd(py::module_& m);
 void bind_token_graph(py::module_& m);
 
 static void bind_machine(py::module_& m) {
@@ -55,5 +56,6 @@ PYBIND11_MODULE(_C, m) {
   kdfast::bind_routing(m);
   kdfast::bind_selective(m);
   kdfast::bind_sinkhorn(m);
+  kdfast::bind_sinkhorn_kd(m);
   kdfast::bind_token_graph(m);
 }

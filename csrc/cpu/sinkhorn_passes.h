@@ -385,6 +385,38 @@ static void log_sums_of_columns(const Problem<T>& p, const double* F, double* ou
   for (int64_t j = 0; j < p.mp; ++j) out[j] = p.b[j] > T(0) ? double(top[j]) + __builtin_log(double(p.sums[j])) : -double(kInf);
 }
 
+// ---------------------------------------------------------------- weights and references
+template <class T>
+static void load_weights(const Problem<T>& p, const void* given, int64_t n, int64_t np, T* w) {
+  for (int64_t i = 0; i < n; ++i) {
+    w[i] = given ? static_cast<const T*>(given)[p.index * n + i] : T(1);
+    if (!(w[i] >= T(0))) p.call->status->report(p.index, Bad::teacher);
+  }
+  for (int64_t i = n; i < np; ++i) w[i] = 0;
+}
+
+template <class T>
+static void log_weights(const T* w, int64_t np, T* out) {
+  for (int64_t i = 0; i < np; i += kWidth<T>) {
+    const Vec<T> x = load(w + i);
+    store(out + i, x > T(0) ? vlog<T>(vmax(x, splat<T>(Limits<T>::tiny))) : splat<T>(-T(kInf)));
+  }
+}
+
+// The nearest T as the reference, and what is left of F as the factor.
+template <class T>
+static void refer(const double* F, const T* w, int64_t np, T* ref, T* factor) {
+  split(F, np, ref, factor);
+  for (int64_t i = 0; i < np; i += kWidth<T>) store(factor + i, load(w + i) > T(0) ? vexp<T>(load(factor + i)) : splat<T>(0));
+}
+
+template <class T>
+KD_INLINE void swap(T*& a, T*& b) {
+  T* c = a;
+  a = b;
+  b = c;
+}
+
 }  // namespace
 }  // namespace KD_ISA
 }  // namespace kdfast

@@ -8,12 +8,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from kdfast._checks import check_choice, check_float_tensor, check_number, check_pair
+from kdfast._checks import check_choice, check_float_tensor, check_int, check_number, check_pair
 from kdfast._library import compute_dtype
 from kdfast.losses.divergence import REDUCTIONS, check_mask
 from kdfast.losses.module import LossModule
 from kdfast.ops.pairwise import pairwise_cost
-from kdfast.ops.sinkhorn import sinkhorn, sinkhorn_cost
+from kdfast.ops.sinkhorn import ORDERS, sinkhorn
+from kdfast.ops.sinkhorn_kd import sinkhorn_kd
 
 
 # ---------------------------------------------------------------- two models' outputs over one batch
@@ -58,41 +59,19 @@ def sinkhorn_kd_loss(
 
     >>> loss = F.cross_entropy(student, labels) + 0.8 * sinkhorn_kd_loss(student, teacher)
     """
-    _check_kd(student, teacher, temperature, p, scale, mask, reduction)
+    _check_kd(student, teacher, temperature, epsilon, n_iters, p, scale, order, mask, reduction)
     if not teacher_grad:
         teacher = teacher.detach()
-    dtype = compute_dtype(student, teacher)
-    kept_s, kept_t = _kept(student, mask), _kept(teacher, mask)  # [..., N], [..., M]
-    cost = _kd_cost(student, teacher, kept_s, kept_t, temperature, p, dtype, backend)
-    rows = sinkhorn_cost(
-        cost, kept_s.to(dtype), kept_t.to(dtype), epsilon=epsilon, n_iters=n_iters, order=order, backend=backend
-    )  # one value per problem
-    rows = rows * scale
-    if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / kept_t.sum().clamp_min(1)
-
-
-def _kept(logits: Tensor, mask: Tensor | None) -> Tensor:
-    kept = (logits > -math.inf).any(-1) | logits.isnan().any(-1)
-    return kept if mask is None else kept & mask
-
-
-def _kd_cost(student, teacher, kept_s, kept_t, temperature, p, dtype, backend) -> Tensor:
-    def soften(logits: Tensor, kept: Tensor) -> Tensor:  # a dropped row may hold anything
-        return torch.softmax(torch.where(kept.unsqueeze(-1), logits.to(dtype), 0.0) / temperature, -1)
-
-    cost = pairwise_cost(soften(student, kept_s), soften(teacher, kept_t), p=p, backend=backend)  # [..., N, M]
-    if p == 1:
-        return cost
-    apart = cost > 0  # the root has no finite slope at 0; there the gradient is 0, as for p = 1
-    return torch.where(apart, torch.where(apart, cost, 1.0).sqrt(), 0.0)
+    return sinkhorn_kd(
+        student, teacher, temperature=temperature, epsilon=epsilon, n_iters=n_iters, p=p, scale=scale, order=order, mask=mask,
+        reduction=reduction, backend=backend,
+    )  # fmt: skip
 
 
 _warned_single = False
 
 
-def _check_kd(student, teacher, temperature, p, scale, mask, reduction) -> None:
+def _check_kd(student, teacher, temperature, epsilon, n_iters, p, scale, order, mask, reduction) -> None:
     global _warned_single
     check_pair(student, teacher)
     if student.dim() < 2 or teacher.dim() != student.dim():
@@ -111,6 +90,9 @@ def _check_kd(student, teacher, temperature, p, scale, mask, reduction) -> None:
             f"student: expected at least one sample and one class, got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     check_number("temperature", temperature, low=0.0, open_low=True)
+    check_number("epsilon", epsilon, low=0.0, open_low=True)
+    check_int("n_iters", n_iters, low=1)
+    check_choice("order", order, ORDERS)
     check_number("scale", scale)
     if p not in (1, 2) or isinstance(p, bool):
         raise ValueError(f"p: expected 1 or 2, got {p!r}")

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from modes import MODES, check_mode
+from tolerances import check_against_reference
 
 import kdfast.losses.sinkhorn as module
 from kdfast.losses import SinkhornDivergence, SinkhornKDLoss, sinkhorn_divergence, sinkhorn_kd_loss
@@ -261,3 +263,93 @@ def test_divergence_bad_input(change, message):
     arguments = {"x": torch.zeros(4, 2), "y": torch.zeros(5, 2)} | change
     with pytest.raises((ValueError, TypeError), match=message):
         sinkhorn_divergence(**arguments)
+
+
+# ---------------------------------------------------------------- the fused op
+FUSED = [
+    {},
+    {"p": 2},
+    {"order": "columns_first", "n_iters": 10},
+    {"reduction": "mean", "temperature": 1.0, "scale": 1.0},
+    {"reduction": "none", "epsilon": 0.05},
+    {"epsilon": 2e-3, "n_iters": 8},
+]
+
+
+@pytest.mark.parametrize("options", FUSED, ids=str)
+@pytest.mark.parametrize("shape", [(2, 2), (16, 3), (5, 1000), (3, 7, 4), (2, 2, 6, 5), (140, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_within_the_budget_of_the_reference(dtype, shape, options):
+    student, teacher = logits(*shape, dtype=dtype)
+    inputs = (student, teacher.requires_grad_())
+
+    def loss(backend):
+        return lambda s, t: sinkhorn_kd_loss(s, t, teacher_grad=True, backend=backend, **options)
+
+    # epsilon = 2e-3: exponents of 1000, which float32 holds to 6e-5; 2 x 2: gradients are small differences
+    floor = (1e-8, 1e-9) if dtype is torch.float64 else (2e-4, 2e-4) if options.get("epsilon") == 2e-3 else (3e-5, 1e-5)
+    check_against_reference(loss("cpu"), loss("reference"), inputs, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_half_precision_strided_and_masked(dtype):
+    student, teacher = logits(2, 24, 12, dtype=dtype)
+    mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(0)) < 0.7
+
+    def loss(backend):
+        return lambda s, t: sinkhorn_kd_loss(
+            s.mT[..., ::2], t.mT[..., ::2], mask=mask, reduction="mean", backend=backend
+        )
+
+    floor = (1e-2 if dtype is torch.bfloat16 else 2e-3, 1e-5)
+    check_against_reference(loss("cpu"), loss("reference"), (student, teacher), floor=floor)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_modes(mode, reduction):
+    student, teacher = logits(2, 5, 4, dtype=torch.float32)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3] = False
+
+    def loss(s, t, mask):
+        return sinkhorn_kd_loss(s, t, mask=mask, scale=1.0, reduction=reduction)
+
+    check_mode(mode, loss, (student, teacher, mask))
+
+
+def test_upstream_factor_and_bits():
+    student, teacher = logits(64, 200, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss = sinkhorn_kd_loss(student, teacher)
+            (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+            (thrice,) = torch.autograd.grad(loss, student, torch.tensor(3.0), retain_graph=True)
+            assert torch.equal(thrice, 3 * once)
+            results.append((loss.detach(), once))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1]) for loss, grad in results)
+    two = sinkhorn_kd_loss(student, teacher) + 2 * sinkhorn_kd_loss(student, teacher)
+    torch.testing.assert_close(torch.autograd.grad(two, student)[0], 3 * results[0][1])
+
+
+def test_empty_batch_of_problems():
+    student = torch.zeros(0, 4, 3, requires_grad=True)
+    loss = sinkhorn_kd_loss(student, torch.zeros(0, 4, 3))
+    loss.backward()
+    assert loss.item() == 0 and student.grad.shape == (0, 4, 3)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_values_on_the_cpu(which, value):
+    student, teacher = (t.detach() for t in logits(5, 4))
+    {"student": student, "teacher": teacher}[which][3, 1] = value
+    with pytest.raises(ValueError, match=f"{which}: expected finite logits .* at row 3"):
+        sinkhorn_kd_loss(student, teacher)
+    mask = torch.tensor([1, 1, 1, 0, 1]).bool()
+    assert sinkhorn_kd_loss(student, teacher, mask=mask).isfinite()
