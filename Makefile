@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Development targets use the active environment if there is one.
 ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
 
-.PHONY: demo test test-isa sanitize lint check-install wheel bench core clean
+.PHONY: demo test test-isa sanitize lint check-install wheel bench experiments core clean
 
 # The environment: an editable install with the compiled core next to the sources, again when sources of the core change.
 # The test extra holds only what a first run needs; pip takes the build tools into an environment of its own.
@@ -63,6 +63,10 @@ wheel: $(READY)
 # Measures what has no result for these sources, then docs/benchmarks.md, its plots and the README table. CASE="a b": these again.
 bench: $(if $(VIRTUAL_ENV),,$(READY))
 	$(ACTIVE) -m benchmarks.run $(CASE)
+
+# Experiments of the papers that benchmarks/results/methods/ does not hold yet; can be stopped and goes on where it was.
+experiments: $(if $(VIRTUAL_ENV),,$(READY))
+	$(ACTIVE) -m benchmarks.experiments
 
 # The compiled core next to the Python sources, incremental: for development (needs pybind11, cmake and ninja).
 core:
