@@ -166,8 +166,8 @@ def test_07_large_gaps_do_not_underflow(backend, kind, dtype, gap):
         divergence, student.double(), teacher.double(), **(options | {"backend": "reference"})
     )
     assert bool(want.isfinite().all()) and bool(truth.isfinite().all())
-    # dkd renormalises logs of size `gap`, which carry gap eps each in float32
-    slack = 8 * gap * torch.finfo(torch.float32).eps if kind == "dkd" else 1e-5
+    # the reference of dkd in float32 renormalises logs of size `gap`, which carry gap eps each
+    slack = 8 * gap * torch.finfo(torch.float32).eps if kind == "dkd" and backend == "reference" else 1e-5
     torch.testing.assert_close(got.double(), want, rtol=slack, atol=1e-6)
     torch.testing.assert_close(
         grad.double(), truth, rtol=max(slack, 1e-3), atol=slack * max(1.0, truth.abs().max().item())
@@ -184,7 +184,7 @@ def test_08_reverse_kl_at_low_temperature(backend):
         divergence_loss, student.double(), teacher.double(), kind="reverse_kl", temperature=0.05, backend="reference"
     )
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
-    torch.testing.assert_close(grad.double(), truth, rtol=1e-2, atol=1e-3 * truth.abs().max().item())
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-3, atol=2e-5 * truth.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,9 +9,10 @@
 
 namespace kdfast {
 
-// Per-row scalars kept between passes (and by Python for the backward), [kStats, rows]: log-sum-exp of x; log-sum-exp of z
-// minus that of x (the difference keeps more digits than two numbers); sum v; sum u.
-constexpr int kStats = 4;
+// Per-row scalars kept between passes (and by Python for the backward), [kStats, rows]: for student and teacher the largest
+// logit and the log-sum-exp of x or z above it (one number for both would cost a row near 1e4 four digits); the gap that makes
+// d of z - x (far_apart); sum v; sum u.
+constexpr int kStats = 7;
 
 struct DivergenceCall {
   Kind kind;

@@ -41,8 +41,16 @@ constexpr int kBlock = 1024;  // classes staged at a time: 4 KB (float) per buff
 
 template <class T>
 struct Stats {
-  T lse = 0, gap = 0, sum_v = 0, sum_u = 0;  // see kStats
+  T max_x = 0, log_x = 0, max_z = 0, log_z = 0, gap = 0, sum_v = 0, sum_u = 0;  // see kStats
 };
+
+// d = (z - x) / T - gap is exact where the models' logits lie together, as z - x is; where they lie apart, that difference
+// itself would be rounded at the size of the distance, so each side is first taken relative to its largest logit.
+constexpr double kFar = 32;
+template <class T>
+KD_INLINE bool far_apart(T max_x, T max_z) {
+  return max_z - max_x > T(kFar) || max_x - max_z > T(kFar);
+}
 
 template <class T>
 KD_INLINE T row_value(const void* values, int64_t row, T otherwise) {

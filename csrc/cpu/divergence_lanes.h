@@ -89,14 +89,11 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
       for (int i = live; i < W; ++i) wanted[i] = 0;
     }
     const Vec<T> inverse_t = splat<T>(1) / lane_values<T>(call.row_temperature, row, live, T(call.temperature));
-    Vec<T> lse, gap, sum_v = zero, sum_u = zero, ignored;
-    Vec<T> max_x = zero, log_x = zero, max_z, log_z;
+    Vec<T> max_x, log_x, max_z, log_z, gap, sum_v = zero, sum_u = zero, ignored;
     if (backward) {
-      lse = lane_values<T>(kept, row, live, T(0));
-      gap = lane_values<T>(kept + call.rows.count, row, live, T(0));
-      sum_v = lane_values<T>(kept + 2 * call.rows.count, row, live, T(0));
-      sum_u = lane_values<T>(kept + 3 * call.rows.count, row, live, T(0));
-      ignored = lse != lse ? splat<T>(1) : zero;
+      const auto stat = [&](int i) { return lane_values<T>(kept + i * call.rows.count, row, live, T(0)); };
+      max_x = stat(0), log_x = stat(1), max_z = stat(2), log_z = stat(3), gap = stat(4), sum_v = stat(5), sum_u = stat(6);
+      ignored = gap != gap ? splat<T>(1) : zero;
     } else {
       lane_log_sum<T>(xs, C, pitch, inverse_t, max_x, log_x);
       lane_log_sum<T>(zs, C, pitch, inverse_t, max_z, log_z);
@@ -106,15 +103,19 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
         if (log_z[i] != log_z[i] || max_z[i] == T(kInf)) call.status->report(row + i, Bad::teacher);
       }
       ignored = max_x == negative_inf ? splat<T>(1) : (max_z == negative_inf ? splat<T>(1) : zero);
-      lse = max_x * inverse_t + log_x;
-      gap = (max_z - max_x) * inverse_t + (log_z - log_x);
-      if (kind == Kind::binary) lse = gap = zero;
+      gap = log_z - log_x;
+      if (kind == Kind::binary) max_x = log_x = max_z = log_z = gap = zero;
     }
+    Vec<T> from_x = zero, from_z = zero;
+    for (int i = 0; i < W; ++i) {
+      if (far_apart<T>(max_x[i], max_z[i])) from_x[i] = max_x[i], from_z[i] = max_z[i];
+    }
+    if (!backward) gap += ((max_z - from_z) - (max_x - from_x)) * inverse_t;
     const Vec<T> skip = wanted == 0 ? splat<T>(1) : ignored;
-    const Vec<T> lse_z = lse + gap;
     const auto element = [&](int64_t c) {
       const Vec<T> xi = load(xs + c * pitch), zi = load(zs + c * pitch);
-      return divergence_element<O, kind>(xi * inverse_t - lse, zi * inverse_t - lse_z, (zi - xi) * inverse_t - gap, parameters);
+      const Vec<T> lq = (xi - max_x) * inverse_t - log_x, lp = (zi - max_z) * inverse_t - log_z;
+      return divergence_element<O, kind>(lq, lp, ((zi - from_z) - (xi - from_x)) * inverse_t - gap, parameters);
     };
     if (!backward) {
       Vec<T> loss = zero;
@@ -130,19 +131,16 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
       if (rows_entry) {
         const Vec<T> none = splat<T>(T(__builtin_nan("")));  // an ignored row has no gradient
         store_lanes<T>(call.out_rows, row, live, loss);
-        store_lanes<T>(kept, row, live, skip != 0 ? none : lse);
-        store_lanes<T>(kept + call.rows.count, row, live, gap);
-        store_lanes<T>(kept + 2 * call.rows.count, row, live, sum_v);
-        store_lanes<T>(kept + 3 * call.rows.count, row, live, sum_u);
+        const Vec<T> stats[kStats] = {max_x, log_x, max_z, log_z, skip != 0 ? none : gap, sum_v, sum_u};
+        for (int i = 0; i < kStats; ++i) store_lanes<T>(kept + i * call.rows.count, row, live, stats[i]);
         continue;
       }
       kd += sum_lanes_double<T>(skip != 0 ? zero : loss * wanted);
     }
-    Vec<T> ce_lse = zero, label = splat<T>(-1), ce_weight = zero;
+    Vec<T> max_raw = zero, log_raw = zero, label = splat<T>(-1), ce_weight = zero;
     if (cross_entropy) {
-      Vec<T> max_raw, log_raw, total = zero, hot = zero;
+      Vec<T> total = zero, hot = zero;  // logits above the largest
       lane_log_sum<T>(xs, C, pitch, splat<T>(1), max_raw, log_raw);
-      ce_lse = max_raw + log_raw;
       for (int i = 0; i < live; ++i) {
         if (skip[i] != 0) continue;
         const int64_t y = call.labels[row + i];
@@ -151,12 +149,12 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
           continue;
         }
         label[i] = T(y);  // exact: y < kLanesMaxClasses
-        hot[i] = xs[y * pitch + i];
+        hot[i] = xs[y * pitch + i] - max_raw[i];
       }
-      Vec<T> loss = ce_lse - hot;
+      Vec<T> loss = log_raw - hot;
       if (call.label_smoothing != 0) {
-        for (int64_t c = 0; c < C; ++c) total += load(xs + c * pitch);
-        loss = loss * T(1 - call.label_smoothing) + (ce_lse - total / T(C)) * T(call.label_smoothing);
+        for (int64_t c = 0; c < C; ++c) total += load(xs + c * pitch) - max_raw;
+        loss = loss * T(1 - call.label_smoothing) + (log_raw - total / T(C)) * T(call.label_smoothing);
       }
       ce += sum_lanes_double<T>(skip != 0 ? zero : loss * wanted);
       ce_weight = wanted * T(call.ce_factor);
@@ -170,7 +168,7 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
         Vec<T> g = (e.v - e.q * sum_v) * factor;
         if (cross_entropy) {
           const Vec<T> target = label == T(c) ? splat<T>(smooth + hot_share) : splat<T>(smooth);
-          g += (vexp_bounded<T>(load(xs + c * pitch) - ce_lse) - target) * ce_weight;
+          g += (vexp_bounded<T>((load(xs + c * pitch) - max_raw) - log_raw) - target) * ce_weight;
         }
         store(grad_s + c * pitch + group, skip != 0 ? zero : g);
       }

@@ -118,7 +118,7 @@ struct Sweep {
   bool grad_student = false, grad_teacher = false;
   T student_factor = 0, teacher_factor = 0;
   T v_factor = 1;                                          // dkd: the non-target weight
-  T ce_factor = 0, ce_lse = 0, ce_smooth = 0, ce_hot = 0;  // gradient of cross-entropy: ce (q1 - smooth - hot [i = label])
+  T ce_factor = 0, ce_max = 0, ce_log = 0, ce_smooth = 0, ce_hot = 0;  // gradient of cross-entropy: ce (q1 - smooth - hot [i = label])
   int64_t hole = -1;                                       // dkd's target class; its gradient is `hole_grad`
   T hole_grad = 0;
 };
@@ -131,7 +131,9 @@ static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
   alignas(64) T buffer_x[kBlock], buffer_z[kBlock], buffer_gs[kBlock], buffer_gt[kBlock];
   double loss = 0, sum_v = 0, sum_u = 0;
   const T inverse_t = row.inverse_t;
-  const Vec<T> lse = splat<T>(stats.lse), gap = splat<T>(stats.gap), lse_z = splat<T>(stats.lse + stats.gap);
+  const Vec<T> max_x = splat<T>(stats.max_x), log_x = splat<T>(stats.log_x), max_z = splat<T>(stats.max_z), log_z = splat<T>(stats.log_z);
+  const bool far = far_apart(stats.max_x, stats.max_z);
+  const Vec<T> from_x = splat<T>(far ? stats.max_x : T(0)), from_z = splat<T>(far ? stats.max_z : T(0)), gap = splat<T>(stats.gap);
   const Vec<T> v_sum = splat<T>(stats.sum_v), u_sum = splat<T>(stats.sum_u), v_factor = splat<T>(todo.v_factor);
   const KindParameters parameters = call.parameters;
   const int64_t last = (call.classes - 1) / kBlock * kBlock;
@@ -144,8 +146,8 @@ static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
     Vec<T> loss_lanes = splat<T>(0), v_lanes = loss_lanes, u_lanes = loss_lanes;
     for (int i = 0; i < n; i += W) {
       const Vec<T> xi = load(x + i), zi = load(z + i);
-      const Vec<T> lq = xi * inverse_t - lse, lp = zi * inverse_t - lse_z;
-      const Vec<T> d = (zi - xi) * inverse_t - gap;
+      const Vec<T> lq = (xi - max_x) * inverse_t - log_x, lp = (zi - max_z) * inverse_t - log_z;
+      const Vec<T> d = ((zi - from_z) - (xi - from_x)) * inverse_t - gap;
       const Element<Vec<T>> e = divergence_element<O, kind>(lq, lp, d, parameters);
       if (todo.loss) loss_lanes += e.term;
       if (todo.sums) {
@@ -154,7 +156,7 @@ static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
       }
       if (todo.grad_student) {
         Vec<T> g = (e.v * v_factor - e.q * v_sum) * todo.student_factor;
-        if (todo.ce_factor != 0) g += (vexp_bounded<T>(xi - todo.ce_lse) - todo.ce_smooth) * todo.ce_factor;
+        if (todo.ce_factor != 0) g += (vexp_bounded<T>((xi - todo.ce_max) - todo.ce_log) - todo.ce_smooth) * todo.ce_factor;
         store(out_gs + i, g);
       }
       if (todo.grad_teacher) store(out_gt + i, (e.u - e.p * u_sum) * todo.teacher_factor);
@@ -211,7 +213,7 @@ struct Prepared {
   Stats<T> stats;
   double extra_loss = 0;               // dkd: the target term
   double v_factor = 1, hole_grad = 0;  // dkd
-  double ce = 0, ce_lse = 0;
+  double ce = 0, ce_lse = 0, ce_max = 0;  // loss of cross-entropy; its log-sum-exp and largest logit
 };
 
 // KL of two coins whose logs are known on both sides.
@@ -235,6 +237,17 @@ KD_INLINE double coin_kl(double log_p1, double log_p0, double log_q1, double log
 // log(1 / (1 + e^-x)); e^-x itself overflows from x = -710 on.
 KD_INLINE double log_sigmoid(double x) { return (x < 0 ? x : 0) - __builtin_log1p(__builtin_exp(x < 0 ? x : -x)); }
 
+// A model without any class beside dkd's target keeps zeros.
+template <class T>
+KD_INLINE void set_log_sums(const LogSums<T>& sums, T inverse_t, Stats<T>& stats) {
+  const LogSum<T>&s = sums.student, &t = sums.teacher;
+  const double max_x = s.empty() ? 0 : double(s.max), max_z = t.empty() ? 0 : double(t.max);
+  const double log_x = s.empty() ? 0 : s.log_sum(), log_z = t.empty() ? 0 : t.log_sum();
+  stats.max_x = T(max_x), stats.log_x = T(log_x);
+  stats.max_z = T(max_z), stats.log_z = T(log_z);
+  stats.gap = T((far_apart(stats.max_x, stats.max_z) ? 0 : (max_z - max_x) * double(inverse_t)) + (log_z - log_x));
+}
+
 template <class T>
 static void prepare_dkd(const Row<T>& row, const LogSums<T>& sums, Prepared<T>& out) {
   const DivergenceCall& call = *row.call;
@@ -254,8 +267,7 @@ static void prepare_dkd(const Row<T>& row, const LogSums<T>& sums, Prepared<T>& 
   out.extra_loss = A * coin_kl(p1, p0, q1, q0);
   out.v_factor = B;
   out.hole_grad = A * g;
-  out.stats.lse = T(rest_x ? lx : 0);
-  out.stats.gap = T((rest_z ? lz : 0) - (rest_x ? lx : 0));
+  set_log_sums(sums, row.inverse_t, out.stats);
   out.stats.sum_v = T(A * g);  // dL/dx_i = B (q^_i - p^_i) - A g q^_i
   out.stats.sum_u = T(B);      // kept for the backward
 }
@@ -277,14 +289,13 @@ static bool prepare(const Row<T>& row, bool cross_entropy, Prepared<T>& out) {
   } else {
     out.ignored = sums.student.empty() || sums.teacher.empty();
     if (!out.ignored && call.kind != Kind::binary) {
-      const LogSum<T>&s = sums.student, &t = sums.teacher;
-      out.stats.lse = T(s.value(row.inverse_t));
-      out.stats.gap = T((double(t.max) - double(s.max)) * double(row.inverse_t) + (t.log_sum() - s.log_sum()));
+      set_log_sums(sums, row.inverse_t, out.stats);
     }
   }
   if (cross_entropy && !out.ignored) {
     const double x = class_value<T>(call.student, row.s, row.label);
     out.ce_lse = sums.has_raw ? sums.raw.value(T(1)) : sums.student.value(T(1));
+    out.ce_max = sums.student.empty() ? 0 : double(sums.student.max);
     if (dkd) {  // the target was left out of the sum
       const double high = out.ce_lse > x ? out.ce_lse : x, low = out.ce_lse > x ? x : out.ce_lse;
       out.ce_lse = high + (low == -__builtin_inf() ? 0 : __builtin_log1p(__builtin_exp(low - high)));
@@ -353,7 +364,7 @@ static void forward_row(const DivergenceCall& call, int64_t index) {
   const double swept = sweep_kind(row, todo, s);
   if (call.kind == Kind::forward_kl) s.sum_v = 0;
   rows[index] = T(call.parameters.scale * (prepared.extra_loss + (prepared.v_factor == 0 ? 0 : prepared.v_factor * swept)));
-  const T kept[kStats] = {s.lse, s.gap, s.sum_v, s.sum_u};
+  const T kept[kStats] = {s.max_x, s.log_x, s.max_z, s.log_z, s.gap, s.sum_v, s.sum_u};
   for (int i = 0; i < kStats; ++i) stats[i * call.rows.count + index] = kept[i];
 }
 
@@ -363,8 +374,9 @@ static void backward_row(const DivergenceCall& call, int64_t index) {
   const T* kept = static_cast<const T*>(call.stats);
   Row<T> row = make_row<T>(call, index);
   const T upstream = static_cast<const T*>(call.grad_rows)[index];
-  Stats<T> s{kept[index], kept[call.rows.count + index], kept[2 * call.rows.count + index], kept[3 * call.rows.count + index]};
-  if (s.lse != s.lse || upstream == 0) return zero_gradients(row, 0);
+  const auto at = [&](int i) { return kept[i * call.rows.count + index]; };
+  Stats<T> s{at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+  if (s.gap != s.gap || upstream == 0) return zero_gradients(row, 0);
   Sweep<T> todo;
   todo.grad_student = call.grad_student.data;
   todo.grad_teacher = call.grad_teacher.data;
@@ -414,7 +426,8 @@ static void sum_row(const DivergenceCall& call, int64_t index, double& kd, doubl
     }
     if (cross_entropy) {
       todo.ce_factor = T(call.ce_factor * weight);
-      todo.ce_lse = T(prepared.ce_lse);
+      todo.ce_max = T(prepared.ce_max);
+      todo.ce_log = T(prepared.ce_lse - prepared.ce_max);
       todo.ce_smooth = T(call.label_smoothing / double(call.classes));
       todo.ce_hot = T(1 - call.label_smoothing);
       if (dkd) {  // the hole reads as -inf, so its share of softmax is added here

@@ -183,8 +183,9 @@ lib.define(
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
-# Per-row scalars kept for the backward: log-sum-exp of x and z, sum of v, sum of u (module docstring); dkd: see its terms.
-N_STATS = 4
+# Per-row scalars kept for the backward: largest logit and log-sum-exp above it, of student and teacher; the difference of the
+# whole log-sum-exps; sum of v, sum of u (module docstring). The core has the same number (csrc/cpu/divergence.h).
+N_STATS = 7
 
 
 def _row_shape(student: Tensor, dim: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from kdfast.losses import divergence_loss
+from kdfast.losses import distillation_loss, divergence_loss
 from kdfast.ops import divergence
 
 pytestmark = pytest.mark.skipif(not kdfast.backend_info()["compiled"], reason="a property of the compiled core")
@@ -75,3 +75,36 @@ def test_never_negative_and_zero_for_equal_logits(kind, dtype):
         assert bool((divergence(student, base.to(dtype), kind=kind, backend="cpu") >= 0).all())
     same = base.to(dtype)
     assert bool((divergence(same, same.clone(), kind=kind, backend="cpu") == 0).all())
+
+
+@pytest.mark.parametrize("shape", [(64, 1000), (2, 7, 9, 9)])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "js", "alpha"])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_logits_far_from_zero(shape, kind, temperature):
+    """A constant added to a row changes nothing, and should cost no digits either: exp(x - lse) with lse = 1e4 in float32
+    would lose four of them. The teacher is far from the student, too."""
+    generator = torch.Generator().manual_seed(5)
+    student = torch.randn(shape, generator=generator) * 3 + 1e4
+    teacher = student - 1.5e4 + torch.randn(shape, generator=generator)
+    options = {"kind": kind, "temperature": temperature, "dim": 1}
+    leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    got = divergence(leaf, teacher, backend="cpu", **options)
+    want = divergence(exact, teacher.double(), backend="reference", **options)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    (grad,), (truth,) = torch.autograd.grad(got.sum(), leaf), torch.autograd.grad(want.sum(), exact)
+    torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (2, 7, 9, 9)])
+def test_cross_entropy_far_from_zero(shape):
+    generator = torch.Generator().manual_seed(6)
+    student = torch.randn(shape, generator=generator) * 3 + 1e4
+    labels = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    for smoothing in (0.0, 0.1):
+        leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+        options = {"kd_weight": 0.0, "ce_weight": 1.0, "label_smoothing": smoothing, "dim": 1}
+        got = distillation_loss(leaf, student + 1, labels, backend="cpu", **options).loss
+        want = F.cross_entropy(exact, labels, label_smoothing=smoothing)
+        assert got.item() == pytest.approx(want.item(), rel=1e-5)
+        (grad,), (truth,) = torch.autograd.grad(got, leaf), torch.autograd.grad(want, exact)
+        torch.testing.assert_close(grad.double(), truth, rtol=1e-4, atol=1e-8)
