@@ -48,9 +48,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
     left.set_xticks([i + 0.1 for i in range(len(arms))], list(arms))
     left.set_xlim(-0.45, len(arms) + 0.12)
-    left.set_title(
-        f"test {results['score']}: seeds, mean ± standard error", fontsize=10, loc="left"
-    )
+    left.set_title(f"test {results['score']}: seeds, mean ± standard error", fontsize=10, loc="left")
 
     for name in students:
         curves = arms[name]["curves"]

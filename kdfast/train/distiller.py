@@ -24,7 +24,7 @@ from kdfast.losses import LossOutput
 from kdfast.methods import Context, load
 from kdfast.metrics import accuracy
 from kdfast.train import checkpoint
-from kdfast.train.capture import capture_outputs, find_module
+from kdfast.train.capture import capture_outputs, split_captures
 from kdfast.train.history import History
 
 Batch = Any
@@ -159,7 +159,7 @@ class Distiller:
         self.method: Any = method
         if teacher is not None and not getattr(method, "trains_teacher", False):
             teacher.eval().to(self.accelerator.device)
-        captures = _split_captures(capture or {}, student, teacher, getattr(method, "captures", ()))
+        captures = split_captures(capture or {}, student, teacher, getattr(method, "captures", ()))
         net = _Net(student, teacher, method, captures, student_forward, teacher_forward or student_forward)
         self.net = self.accelerator.prepare(net)
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
@@ -413,27 +413,6 @@ class Distiller:
 
     def _progress(self) -> Any:
         return _bar(self) if self.progress and self.accelerator.is_main_process else nullcontext(lambda: None)
-
-
-def _split_captures(
-    capture: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None, wanted: Iterable[str]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """({name: student path}, {name: teacher path}), every path checked."""
-    missing = [name for name in wanted if name not in capture]
-    if missing:
-        raise ValueError(f"capture: the method reads {', '.join(missing)}; give {{name: (student path, teacher path)}}")
-    sides: tuple[dict[str, str], dict[str, str]] = ({}, {})
-    for name, paths in capture.items():
-        pair = (paths, paths if teacher is not None else None) if isinstance(paths, str) else tuple(paths)
-        if len(pair) != 2:
-            raise ValueError(f"capture[{name!r}]: expected (student path, teacher path), got {paths!r}")
-        for side, model, path in zip(sides, (student, teacher), pair):
-            if path is not None:
-                if model is None:
-                    raise ValueError(f"capture[{name!r}]: there is no teacher, so no {path!r} in it")
-                find_module(model, path, f"capture[{name!r}]")
-                side[name] = path
-    return sides
 
 
 def _bar(distiller: Distiller) -> Any:
