@@ -44,7 +44,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "trg", 4, "Knowledge Distillation via Token-level Relationship Graph",
-        "2306.12442", 2023, task="digits", needs=("teacher", "token features"), ops=("token_graph", "pairwise", "divergence"), parts=("Gram relation", "all-pairs contrast"), status="ready",
+        "2306.12442", 2023, task="digit_maps", needs=("teacher", "token features"), ops=("token_graph", "pairwise", "divergence"), parts=("Gram relation", "all-pairs contrast"), status="ready",
     ),
     Row(
         "makd", 5, "Multi-aspect Knowledge Distillation with Large Language Model",

@@ -10,7 +10,7 @@ import inspect
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,6 +92,7 @@ def run(
     out: str | Path,
     options: Mapping[str, Any] | None = None,
     steps: int | None = None,
+    arms: Sequence[Arm] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Runs what is not in `out` yet; writes results.json, curves.png, report.md, student.safetensors; returns the results.
@@ -108,11 +109,14 @@ def run(
     steps = task.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps: expected >= 1, got {steps}")
-    arms = arms_of(task, method, options or {})
+    named = arms is not None
+    arms = arms_of(task, method, options or {}) if arms is None else list(arms)
     settings = {
         "data": task.name, "method": method, "options": dict(options or {}), "steps": steps, "teacher_steps": task.teacher_steps,
         "batch_size": task.batch_size, "lr": task.lr,
     }  # fmt: skip
+    if named:
+        settings["arms"] = {arm.name: {"method": arm.method, "options": dict(arm.options)} for arm in arms}
     out = Path(out)
     _claim(out, settings)
     names = [*(() if task.peers else ("teacher",)), *(arm.name for arm in arms)]

@@ -8,7 +8,8 @@ from typing import Any
 from kdfast.metrics.comparison import mean_and_error, summary
 
 # Okabe and Ito's palette: told apart with every kind of colour vision, and in grey.
-COLOURS = {"teacher": "#7f7f7f", 0: "#000000", 1: "#0072B2", 2: "#D55E00"}
+ARM_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+TEACHER_COLOUR = "#7f7f7f"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -18,7 +19,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     arms = results["arms"]
     students = [name for name in arms if name != "teacher"]
-    colour = {name: COLOURS[i] for i, name in enumerate(students)} | {"teacher": COLOURS["teacher"]}
+    colour = {name: ARM_COLOURS[i % len(ARM_COLOURS)] for i, name in enumerate(students)} | {"teacher": TEACHER_COLOUR}
     figure = Figure(figsize=(10.5, 5.0), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
 

@@ -11,6 +11,8 @@ __all__ = ["TASKS", "Rows", "Task", "load_task", "models"]
 # name: where its Task is made. Modules load on demand: they need the train extra.
 TASKS = {
     "digits": "kdfast.data.digits:digits_task",
+    "digit_maps": "kdfast.data.digit_maps:digit_maps_task",
+    "digit_maps_tail": "kdfast.data.digit_maps:digit_maps_tail_task",
 }
 
 

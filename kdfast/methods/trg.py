@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast._checks import check_choice, check_int, check_number
@@ -204,6 +205,7 @@ class Method(MethodBase):
 
     Args:
         widths: {"tokens": (student channels, teacher channels)}.
+        grid: average-pool both maps to grid x grid first; 1 leaves one node per image, relations between instances.
         samples: tokens per image, at most all of them. class_tokens: (student, teacher) leading tokens of a ViT to drop.
         tau_start, tau_end, schedule, total_steps: `tau_at`; total_steps=None takes the run's length.
         Others: `trg_loss`.
@@ -235,6 +237,7 @@ class Method(MethodBase):
         reduction: str = "mean",
         sampler: str = "uniform",
         patch: int = 1,
+        grid: int | None = None,
         class_tokens: tuple[int, int] = (1, 1),
         ignore_index: int = -100,
     ) -> None:
@@ -243,6 +246,7 @@ class Method(MethodBase):
         check_choice("schedule", schedule, SCHEDULES)
         self.samples = check_int("samples", samples, low=1)
         self.patch = check_int("patch", patch, low=1)
+        self.grid = grid if grid is None else check_int("grid", grid, low=1)
         self.sampler, self.class_tokens = sampler, class_tokens
         self.tau: dict[str, Any] = {"start": tau_start, "end": tau_end, "schedule": schedule}
         for name in ("start", "end"):
@@ -262,8 +266,10 @@ class Method(MethodBase):
             feature if feature.dim() == 4 else tokens_to_map(feature, dropped)
             for feature, dropped in zip((student, teacher), self.class_tokens)
         )
-        s, t = (tokenize_feature_map(x, self.patch) for x in align_maps(*maps))
-        return s, t
+        s, t = align_maps(*maps)
+        if self.grid is not None:
+            s, t = F.adaptive_avg_pool2d(s, self.grid), F.adaptive_avg_pool2d(t, self.grid)
+        return tokenize_feature_map(s, self.patch), tokenize_feature_map(t, self.patch)
 
     def forward(self, context: Context) -> LossOutput:
         assert context.labels is not None

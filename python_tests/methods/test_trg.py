@@ -1,5 +1,8 @@
 """TRG: the total from its terms, sampling, schedule, tokens of CNN and ViT, the method by name. Vectors: test_vectors.py."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,6 +164,36 @@ def test_method_by_name_trains_student_and_projection(student, teacher, patch):
     assert all(p.grad is None for p in models[1].parameters())
     body = [p.grad for p in models[0].body.parameters()]
     assert all(g is not None and bool(g.isfinite().all()) for g in body) and any(g.abs().max() > 0 for g in body)
+
+
+def test_grid_of_one_is_one_node_per_image():
+    method = methods.load("trg")({"tokens": (3, 5)}, grid=1)
+    s, t = torch.randn(4, 3, 6, 6), torch.randn(4, 5, 3, 3)
+    tokens = method.tokens(s, t)
+    assert [x.shape for x in tokens] == [(4, 1, 3), (4, 1, 5)]
+    torch.testing.assert_close(tokens[0][:, 0], s.mean((2, 3)))
+
+
+def test_experiment_runs_all_its_arms_and_goes_on_where_it_stopped(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("accelerate")
+    from benchmarks.experiments.trg import ARMS, DATA, run
+    from kdfast.data import load_task
+
+    tasks = [dataclasses.replace(load_task(name), teacher_steps=2, eval_every=2) for name in DATA]
+    out, work = tmp_path / "trg.json", tmp_path / "work"
+    results = run(out, seeds=1, steps=2, tasks=tasks, work=work)
+    assert results["data"].keys() == set(DATA) and json.loads(out.read_text()) == results
+    for name in DATA:
+        assert results["data"][name]["arms"].keys() == {"teacher", *(arm.name for arm in ARMS)}
+    assert any("kd_trg" in sentence for sentence in results["sentences"])
+    pieces = {path: path.stat().st_mtime_ns for path in work.glob("*/runs/*.json")}
+    assert len(pieces) == 2 * (1 + len(ARMS))
+    out.unlink()
+    again = run(out, seeds=1, steps=2, tasks=tasks, work=work)  # from the finished pieces
+    assert {path: path.stat().st_mtime_ns for path in pieces} == pieces
+    assert again["sentences"] == results["sentences"]
+    assert run(out, seeds=1, work=tmp_path / "nothing") == again  # the file alone is enough
 
 
 def test_method_lowers_tau_along_the_run(monkeypatch):
