@@ -24,17 +24,56 @@ KD_INLINE I64 load_keys(const int64_t* p) {
   return v;
 }
 
-KD_INLINE int64_t chunk_max(const int64_t* keys) {
-  I64 a = load_keys(keys), b = load_keys(keys + kLanes);
-  for (int i = 2 * kLanes; i < kChunk; i += 2 * kLanes) {
-    const I64 c = load_keys(keys + i), d = load_keys(keys + i + kLanes);
-    a = c > a ? c : a;
-    b = d > b ? d : b;
+// Greatest and sum of the lanes by halving: log2(lanes) shuffles, where lane-by-lane code would take as long as a whole pass.
+template <class V>
+KD_INLINE V rotate(V v, int by) {
+  constexpr int n = int(sizeof(V) / sizeof(v[0]));
+  if constexpr (n == 16) {
+    return by == 8   ? __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+           : by == 4 ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+           : by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+                     : __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  } else if constexpr (n == 8) {
+    return by == 4   ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3)
+           : by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5)
+                     : __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  } else if constexpr (n == 4) {
+    return by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1) : __builtin_shufflevector(v, v, 1, 0, 3, 2);
+  } else {
+    return __builtin_shufflevector(v, v, 1, 0);
   }
-  a = b > a ? b : a;
-  int64_t best = a[0];
-  for (int i = 1; i < kLanes; ++i) best = a[i] > best ? a[i] : best;
-  return best;
+}
+template <class V>
+KD_INLINE auto greatest_lane(V v) {
+  constexpr int n = int(sizeof(V) / sizeof(v[0]));
+  if constexpr (n >= 16) v = vmax(v, rotate(v, 8));
+  if constexpr (n >= 8) v = vmax(v, rotate(v, 4));
+  if constexpr (n >= 4) v = vmax(v, rotate(v, 2));
+  v = vmax(v, rotate(v, 1));
+  return v[0];
+}
+template <class V>
+KD_INLINE auto add_lanes(V v) {
+  constexpr int n = int(sizeof(V) / sizeof(v[0]));
+  if constexpr (n >= 16) v += rotate(v, 8);
+  if constexpr (n >= 8) v += rotate(v, 4);
+  if constexpr (n >= 4) v += rotate(v, 2);
+  v += rotate(v, 1);
+  return v[0];
+}
+
+// Greatest key of a chunk; with `below`, of those smaller than it.
+template <bool limited>
+KD_INLINE int64_t chunk_max(const int64_t* keys, int64_t below) {
+  const I64 limit = I64{} + below, none = I64{} + kTaken;
+  I64 best[2] = {none, none};
+  for (int i = 0; i < kChunk; i += kLanes) {
+    I64 v = load_keys(keys + i);
+    if (limited) v = v < limit ? v : none;
+    I64& b = best[i / kLanes % 2];
+    b = v > b ? v : b;
+  }
+  return greatest_lane(vmax(best[0], best[1]));
 }
 
 // float: order-preserving bits above, complement of the index below: one comparison decides value and tie.
@@ -48,9 +87,9 @@ KD_INLINE void make_keys(const float* values, int64_t n, int64_t* keys) {
     keys[i] = int64_t(uint64_t(uint32_t(key)) << 32 | (0xffffffffu - uint32_t(i)));
   }
 }
-KD_INLINE int64_t index_of(const int64_t*, int64_t, int64_t key, float) { return int64_t(0xffffffffu - uint32_t(key)); }
+KD_INLINE int64_t index_of(const int64_t*, const int64_t*, int64_t key, float) { return int64_t(0xffffffffu - uint32_t(key)); }
 
-// double: the whole key is the value; the index is found in the chunk, first match.
+// double: the whole key is the value; the index is that of the first match, in the first chunk that has one.
 KD_INLINE void make_keys(const double* values, int64_t n, int64_t* keys) {
   for (int64_t i = 0; i < n; ++i) {
     const double v = values[i] + 0.0;
@@ -60,7 +99,9 @@ KD_INLINE void make_keys(const double* values, int64_t n, int64_t* keys) {
     keys[i] = v != v ? INT64_MIN + 1 : key;
   }
 }
-KD_INLINE int64_t index_of(const int64_t* keys, int64_t chunk, int64_t key, double) {
+KD_INLINE int64_t index_of(const int64_t* keys, const int64_t* chunk_best, int64_t key, double) {
+  int64_t chunk = 0;
+  while (chunk_best[chunk] != key) ++chunk;
   int64_t i = chunk * kChunk;
   while (keys[i] != key) ++i;
   return i;
@@ -72,19 +113,20 @@ static void top_k(const T* values, int64_t n, int64_t k, int32_t* out, int64_t* 
   const int64_t padded = padded_to_chunk(n), chunks = padded / kChunk;
   make_keys(values, n, keys);
   for (int64_t i = n; i < padded; ++i) keys[i] = kTaken;
-  for (int64_t c = 0; c < chunks; ++c) chunk_best[c] = chunk_max(keys + c * kChunk);
+  for (int64_t c = 0; c < chunks; ++c) chunk_best[c] = chunk_max<false>(keys + c * kChunk, 0);
   for (int64_t j = 0; j < k; ++j) {
-    int64_t best = chunk_best[0], chunk = 0;
-    for (int64_t c = 1; c < chunks; ++c) {
-      if (chunk_best[c] > best) {
-        best = chunk_best[c];
-        chunk = c;
-      }
-    }
-    const int64_t index = index_of(keys, chunk, best, T(0));
+    int64_t best = chunk_best[0];
+    for (int64_t c = 1; c < chunks; ++c) best = chunk_best[c] > best ? chunk_best[c] : best;  // no branch to mispredict
+    const int64_t index = index_of(keys, chunk_best, best, T(0)), chunk = index / kChunk;
     out[j] = int32_t(index);
-    keys[index] = kTaken;
-    chunk_best[chunk] = chunk_max(keys + chunk * kChunk);
+    if (sizeof(T) == 4) {
+      // Keys are distinct, so the taken ones are those not below this one: nothing is written, and the vector load does not
+      // wait for a narrower store before it.
+      chunk_best[chunk] = chunk_max<true>(keys + chunk * kChunk, best);
+    } else {
+      keys[index] = kTaken;
+      chunk_best[chunk] = chunk_max<false>(keys + chunk * kChunk, 0);
+    }
   }
 }
 
@@ -135,7 +177,7 @@ KD_INLINE Vec<T> log_score(Score score, Vec<T> z, T lse) {
 
 // What the choice goes by: the score itself (softmax: p) plus the bias; -inf stays -inf.
 template <class T>
-KD_INLINE void selection_scores(const ScoreCall& call, const T* z, const T* e, T inverse_sum, T* out) {
+KD_INLINE void selection_scores(const ScoreCall& call, const T* z, const T* p, T* out) {
   constexpr int W = kWidth<T>;
   const T* bias = static_cast<const T*>(call.bias);
   const Vec<T> none = splat<T>(-T(kInf));
@@ -143,7 +185,7 @@ KD_INLINE void selection_scores(const ScoreCall& call, const T* z, const T* e, T
     const Vec<T> zi = load(z + i);
     Vec<T> s = zi;
     if (call.score == Score::softmax) {
-      s = load(e + i) * inverse_sum;
+      s = load(p + i);
     } else if (call.score == Score::sigmoid) {
       const Vec<T> t = vexp<T>(-vabs<T>(zi));
       s = (zi < T(0) ? t : splat<T>(1)) / (t + T(1));
@@ -218,12 +260,33 @@ KD_INLINE T weigh(const ScoreCall& call, int64_t alive, const T* l, T* weight, T
   return T(share);
 }
 
+// One logit.
 template <class T>
-static void chosen_log_scores(const ScoreCall& call, const int32_t* ids, int64_t alive, const T* z, T lse, T* out) {
+KD_INLINE T logit_at(const ScoreCall& call, int64_t row, int64_t expert) {
+  const int64_t at = row * call.row_stride + expert * call.expert_stride;
+  switch (call.dtype) {
+    case Dtype::f32: return T(static_cast<const float*>(call.logits)[at]);
+    case Dtype::bf16: return T(load_one(static_cast<const BFloat16*>(call.logits) + at));
+    case Dtype::f16: return T(load_one(static_cast<const Half*>(call.logits) + at));
+    case Dtype::f64: return T(static_cast<const double*>(call.logits)[at]);
+  }
+  return 0;
+}
+
+template <class T>
+static void chosen_log_scores(const ScoreCall& call, int64_t row, const int32_t* ids, int64_t alive, T lse, T* out) {
   constexpr int W = kWidth<T>;
-  for (int64_t j = 0; j < alive; ++j) out[j] = z[ids[j]];
+  for (int64_t j = 0; j < alive; ++j) out[j] = logit_at<T>(call, row, ids[j]);
   for (int64_t j = alive; j % W; ++j) out[j] = 0;
   for (int64_t i = 0; i < alive; i += W) store(out + i, log_score<T>(call.score, load(out + i), lse));
+}
+
+template <class T>
+static bool has_nan(const T* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (values[i] != values[i]) return true;
+  }
+  return false;
 }
 
 template <class T>
@@ -241,28 +304,24 @@ static void forward_row(const ScoreCall& call, int64_t row, Scratch<T>& s, int32
   }
   load_row(call, row, s.z);
   for (int64_t i = E; i < padded; ++i) s.z[i] = -T(kInf);
-  Vec<T> most = splat<T>(-T(kInf)), nan = splat<T>(0);
+  Vec<T> most = splat<T>(-T(kInf));
+  for (int64_t i = 0; i < padded; i += W) most = vmax(most, load(s.z + i));
+  const T top = greatest_lane(most);
+  Vec<T> sum = splat<T>(0);
   for (int64_t i = 0; i < padded; i += W) {
-    const Vec<T> zi = load(s.z + i);
-    most = vmax(most, zi);
-    nan = zi == zi ? nan : splat<T>(1);
+    const Vec<T> e = vexp<T>(load(s.z + i) - top);
+    store(s.e + i, e);
+    sum += e;
   }
-  const T top = max_lanes<T>(most);
-  const bool bad = max_lanes<T>(nan) > 0 || top == T(kInf) || top == -T(kInf);
-  if (bad && call.status) return call.status->report(row, max_lanes<T>(nan) > 0 || top > 0 ? Bad::student : Bad::label);
-  T inverse_sum = 0;
+  const double total = double(add_lanes(sum));  // NaN: a NaN or +inf among the logits, or nothing but -inf
+  const bool bad = !(total < double(kInf));
+  if (bad && call.status) return call.status->report(row, top == -T(kInf) && !has_nan(s.z, E) ? Bad::label : Bad::student);
   if (!bad) {
-    Vec<T> sum = splat<T>(0);
-    for (int64_t i = 0; i < padded; i += W) {
-      const Vec<T> e = vexp<T>(load(s.z + i) - top);
-      store(s.e + i, e);
-      sum += e;
-    }
-    const double total = sum_lanes_double<T>(sum);
     *lse = T(double(top) + __builtin_log(total));
-    inverse_sum = T(1 / total);
-    for (int64_t i = 0; i < E; ++i) probs[i] += s.e[i] * inverse_sum;
-    selection_scores(call, s.z, s.e, inverse_sum, s.chosen_by);
+    const T inverse_sum = T(1 / total);
+    for (int64_t i = 0; i < padded; i += W) store(s.e + i, load(s.e + i) * inverse_sum);  // p
+    for (int64_t i = 0; i < E; ++i) probs[i] += s.e[i];
+    selection_scores(call, s.z, s.e, s.chosen_by);
   } else {
     *lse = T(__builtin_nan(""));
     for (int64_t i = 0; i < E; ++i) {
@@ -284,7 +343,7 @@ static void forward_row(const ScoreCall& call, int64_t row, Scratch<T>& s, int32
   if (call.score == Score::mean || call.score == Score::logits) {
     for (int64_t j = 0; j < alive; ++j) weights[j] = call.score == Score::mean ? T(1.0 / double(k)) : T(call.scale) * s.z[ids[j]];
   } else if (alive) {
-    chosen_log_scores(call, ids, alive, s.z, *lse, l);
+    chosen_log_scores(call, row, ids, alive, *lse, l);
     weigh(call, alive, l, s.e, l + padded_to_chunk(k));  // s.e is as long as l is padded
     for (int64_t j = 0; j < alive; ++j) weights[j] = s.e[j];
   }
@@ -301,8 +360,6 @@ static void backward_row(const ScoreCall& call, int64_t row, Scratch<T>& s) {
   out.data = call.grad_logits;
   out.dtype = call.dtype;
   if (ids[0] < 0 || lse != lse) return store_zeros<T>(E, out, row * E, 1);
-  load_row(call, row, s.z);
-  for (int64_t i = E; i < padded; ++i) s.z[i] = -T(kInf);
   T* dl = s.small;
   const int64_t alive = call.alive[row];
   double total = 0;  // sum of dl: what the softmax of ALL experts gives back
@@ -312,7 +369,7 @@ static void backward_row(const ScoreCall& call, int64_t row, Scratch<T>& s) {
   } else if (dw && call.score != Score::mean) {
     T* pi = s.small + padded_to_chunk(k);
     T* w = s.e;
-    chosen_log_scores(call, ids, alive, s.z, lse, dl);
+    chosen_log_scores(call, row, ids, alive, lse, dl);
     const T share = weigh(call, alive, dl, w, pi);
     double inner = 0;
     for (int64_t j = 0; j < alive; ++j) inner += double(w[j]) * double(dw[j]);
@@ -321,15 +378,16 @@ static void backward_row(const ScoreCall& call, int64_t row, Scratch<T>& s) {
       double d = double(w[j]) * double(dw[j]) - (normed ? double(pi[j]) * double(share) * inner : 0);
       total += d;
       if (call.score == Score::sigmoid) {
-        d /= 1 + __builtin_exp(double(s.z[ids[j]]));
+        d /= 1 + __builtin_exp(double(logit_at<T>(call, row, ids[j])));
       } else if (call.score == Score::sqrt_softplus) {
         // d log s / dz = sigmoid(z) / (2 softplus(z)): 1/2 far below zero
-        const double z = double(s.z[ids[j]]), t = __builtin_exp(-z);
+        const double z = double(logit_at<T>(call, row, ids[j])), t = __builtin_exp(-z);
         d *= z < -37 ? 0.5 : 0.5 / (1 + t) / (z > 37 ? z : __builtin_log1p(__builtin_exp(z)));
       }
       dl[j] = T(d);
     }
-    if (call.score != Score::softmax) total = 0;
+    // Normalised without eps the sum is 0: the other experts get nothing, and their probabilities are not needed.
+    if (call.score != Score::softmax || (call.norm != 0 && call.eps == 0)) total = 0;
   } else {
     dw = nullptr;
   }
@@ -337,6 +395,8 @@ static void backward_row(const ScoreCall& call, int64_t row, Scratch<T>& s) {
   double shift = (call.grad_lse ? double(static_cast<const T*>(call.grad_lse)[row]) : 0) - total;
   T* g = s.e;
   if (h || shift != 0) {
+    load_row(call, row, s.z);
+    for (int64_t i = E; i < padded; ++i) s.z[i] = -T(kInf);
     const T inverse = T(1 / double(call.kept ? call.kept : 1));
     if (h) {
       double inner = 0;

@@ -15,6 +15,8 @@ B batch, L tokens, V vocabulary (7 special tokens, entities, relations, reversed
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +24,13 @@ from torch import Tensor, nn
 
 from kdfast._checks import check_choice, check_float_tensor, check_labels, check_number
 from kdfast._library import compute_dtype
+from kdfast.data.statements import MASK, PAD, SPECIALS
 from kdfast.losses import LossOutput
 from kdfast.losses.divergence import reduce_rows
 from kdfast.methods._protocol import Context
 from kdfast.methods._protocol import Method as MethodBase
 from kdfast.nn.sparse_moe import SparseMoE
 
-PAD, MASK, SEP, CLS, NO_RELATION, NO_QUALIFIER_RELATION, NO_QUALIFIER_ENTITY = range(7)
-SPECIALS = 7
 COMBINATIONS = ("dismult", "sum", "complex", "rotate", "encoder")
 
 
@@ -200,17 +201,18 @@ class HyperFormer(nn.Module):
         combine: "softmax" over the chosen experts or "logits". qualifiers: one of COMBINATIONS, how a qualifier pair becomes a vector.
         interaction: keyword arguments of PairInteraction. entity_dropout, embedding_dropout: 0.3 on the entity table, 0.7 on embedded
             sequences; context_dropouts: on the two fused vectors. mask_padding: hide PAD from the neighbour and second passes too.
+        use_qualifiers=False: triples only, what follows MASK in `ids` is cut off. use_context=False: pass 1 only.
 
-    forward(ids [B, L], neighbours [B, M, L'] = None, qualifiers [B, Q, 3] = None) -> {"pass1": [B, V], ...}. With neighbours
-    and qualifiers (training) also "pass2" [B, V] and "neighbours" [B, M, V], with the encoder on qualifiers "qualifiers" [B, Q, V].
-    Validation and test use pass 1 alone.
+    forward(ids [B, L], neighbours [B, M, L'] = None, qualifiers [B, Q, 3] = None, known = None) -> {"pass1": [B, V], ...}. With
+    neighbours and qualifiers (training) also "pass2" [B, V] and "neighbours" [B, M, V], with the encoder on qualifiers
+    "qualifiers" [B, Q, V]. Validation and test use pass 1 alone; `known` [B, entities] bool, other right answers: -inf there.
     """
 
     def __init__(
         self, num_entities: int, num_relations: int, *, width: int = 400, layers: int = 8, heads: int = 2, num_experts: int = 64,
         top_k: int = 2, d_hidden: int = 1024, combine: str = "softmax", qualifiers: str = "dismult", dropout: float = 0.1,
         residual_dropout: float = 0.0, entity_dropout: float = 0.3, embedding_dropout: float = 0.7,
-        context_dropouts: tuple[float, float] = (0.1, 0.3), mask_padding: bool = False, interaction: dict | None = None,
+        context_dropouts: tuple[float, float] = (0.1, 0.3), mask_padding: bool = False, use_qualifiers: bool = True, use_context: bool = True, interaction: dict[str, Any] | None = None,
         noise: str | None = None, balance: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -223,7 +225,7 @@ class HyperFormer(nn.Module):
             embedding_dropout,
             context_dropouts,
         )
-        self.mask_padding = mask_padding
+        self.mask_padding, self.use_qualifiers, self.use_context = mask_padding, use_qualifiers, use_context
         self.table = nn.Parameter(torch.empty(SPECIALS + num_entities + 2 * num_relations, width))
         nn.init.trunc_normal_(self.table, std=1.0, a=-0.02, b=0.02)
         self.table_norm = nn.LayerNorm(width)
@@ -244,13 +246,18 @@ class HyperFormer(nn.Module):
         return slice(SPECIALS, SPECIALS + self.num_entities)
 
     def forward(
-        self, ids: Tensor, neighbours: Tensor | None = None, qualifiers: Tensor | None = None
+        self, ids: Tensor, neighbours: Tensor | None = None, qualifiers: Tensor | None = None, known: Tensor | None = None
     ) -> dict[str, Tensor]:
         _check_sequences("ids", ids, self.table.shape[0])
+        if not self.use_qualifiers:
+            ids = ids[:, :3]
         embeddings = self._embeddings()
         encoded = self._encode(self._drop(embeddings[ids]), ids != PAD)
         logits = {"pass1": encoded[:, 2] @ self.table.t()}
-        if neighbours is None or qualifiers is None:
+        if known is not None:
+            hidden = F.pad(known, (SPECIALS, self.table.shape[0] - SPECIALS - known.shape[1]))
+            logits["pass1"] = logits["pass1"].masked_fill(hidden, -math.inf)
+        if neighbours is None or qualifiers is None or not self.use_context:
             return logits
         context, logits["neighbours"] = self._neighbours(embeddings, neighbours)
         pairs, relation_logits = self._qualifiers(embeddings, qualifiers)
@@ -364,6 +371,22 @@ class Method(MethodBase):
     ) -> None:
         super().__init__()
         self.options = dict(smoothing=smoothing, neighbour_weight=neighbour_weight, qualifier_weight=qualifier_weight)
+
+    @staticmethod
+    def students(*, num_entities: int, num_relations: int) -> dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]]:
+        """What to compare on a small graph: without qualifiers, without context, without experts (equal active width), whole."""
+
+        def small(**options: Any) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
+            interaction = dict(kernel_width=4, kernel_height=4, channels=8, kernel_size=3)
+            sizes = dict(width=32, layers=2, heads=2, num_experts=8, top_k=2, d_hidden=32, interaction=interaction)
+            return lambda: HyperFormer(num_entities, num_relations, **(sizes | options)), {}
+
+        return {
+            "triples": small(use_qualifiers=False, use_context=False),
+            "qualifiers": small(use_context=False),
+            "dense": small(num_experts=0),
+            "whole": small(),
+        }
 
     def forward(self, context: Context) -> LossOutput:
         assert context.labels is not None

@@ -12,7 +12,8 @@ B batch, L tokens, H width, T timesteps, D layers, E experts, k chosen. Gates se
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -324,6 +325,16 @@ class Method(MethodBase):
         self.alpha, self.eps, self.min_snr, self.learned_variance = alpha, eps, min_snr, learned_variance
         self.top_k, self.reuse_columns = top_k, check_int("reuse_columns", reuse_columns, low=1)
         self._columns: Tensor | None = None
+
+    @staticmethod
+    def students(*, num_timesteps: int, **sizes: int) -> dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]]:
+        """What to compare on small images: plain DiT, experts without the prior loss, whole; with the method's options."""
+
+        def small(experts: int, **options: Any) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
+            shape = dict(patch=2, width=64, depth=4, heads=4, num_timesteps=num_timesteps, num_experts=experts, **sizes)
+            return lambda: SwitchDiT(**shape), {"num_timesteps": num_timesteps, **options}
+
+        return {"dit": small(0), "no_prior": small(3, prior_weight=0.0), "whole": small(3)}
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images = batch["images"]

@@ -5,12 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kdfast.data.statements import MASK, PAD, SPECIALS
 from kdfast.methods import Context, load
 from kdfast.methods.hyperformer import (
     COMBINATIONS,
-    MASK,
-    PAD,
-    SPECIALS,
     FeedForward,
     FuseNet,
     HyperFormer,
