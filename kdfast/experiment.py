@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_model
+from torch import nn
 from torch.optim import AdamW
 
 from kdfast import __version__, backend_info
@@ -35,11 +36,12 @@ from kdfast.train.checkpoint import write_text
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the student: a method's slug, or None for labels alone."""
+    """One way to train the student: a method's slug, or None for labels alone. `student`: a model of the method's own."""
 
     name: str
     method: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    student: Callable[[], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,23 @@ class Labels:
 
 
 def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
-    """Labels alone, the plain form (KD, or mutual learning of two students), the method; every option checked."""
+    """Labels alone, the plain form (KD, or mutual learning of two students), the method; every option checked.
+
+    A method without a teacher (mixture of experts, diffusion) names the models to compare itself: one arm each.
+    """
+    students = getattr(load(method), "students", None)
+    if bool(task.sizes) != (students is not None):
+        kinds = {True: "brings its own models, without a teacher", False: "trains the student of a task"}
+        raise ValueError(
+            f"method: {method} {kinds[students is not None]}; {task.name} is for one that {kinds[bool(task.sizes)]}"
+        )
+    if students is not None:
+        arms = [
+            Arm(name, method, {**own, **options}, student) for name, (student, own) in students(**task.sizes).items()
+        ]
+        for arm in arms:
+            load(method)(**arm.options)
+        return arms
     plain = "mutual" if task.peers else "kd"
     arms = [Arm("ce", None)]
     for slug, given in ((plain, options if method == plain else {}), (method, options)):
@@ -119,7 +137,7 @@ def run(
         settings["arms"] = {arm.name: {"method": arm.method, "options": dict(arm.options)} for arm in arms}
     out = Path(out)
     _claim(out, settings)
-    names = [*(() if task.peers else ("teacher",)), *(arm.name for arm in arms)]
+    names = [*_teacher(task), *(arm.name for arm in arms)]
     pieces: dict[str, Callable[[int], dict[str, Any]]] = {"teacher": lambda seed: _train_teacher(task, seed, out)}
     pieces |= {arm.name: partial(_train_arm, task, arm, steps=steps, out=out) for arm in arms}
     rows: list[dict[str, Any]] = []
@@ -168,6 +186,11 @@ def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def _teacher(task: Task) -> tuple[str, ...]:
+    """The arm that comes before the others, where there is a teacher to train."""
+    return () if task.peers or task.sizes else ("teacher",)
+
+
 def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
     _, teacher = models(task, seed)
     distiller = Distiller(teacher, None, Labels(task.ignore_index), **_common(task, seed))
@@ -175,6 +198,12 @@ def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
 
 
 def _train_arm(task: Task, arm: Arm, seed: int, *, steps: int, out: Path) -> dict[str, Any]:
+    if arm.student is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            student = arm.student()
+        distiller = Distiller(student, None, arm.method or "", options=arm.options, **_common(task, seed))
+        return _fit(task, distiller, "student", seed, steps, out / "runs" / f"{arm.name}-{seed}.safetensors")
     student, other = models(task, seed)
     if not task.peers:
         load_model(other, out / "runs" / f"teacher-{seed}.safetensors")
@@ -193,7 +222,7 @@ def _train_arm(task: Task, arm: Arm, seed: int, *, steps: int, out: Path) -> dic
 def _common(task: Task, seed: int) -> dict[str, Any]:
     return {
         "optimizer": lambda parameters: AdamW(parameters, lr=task.lr), "ignore_index": task.ignore_index, "metrics": task.metrics,
-        "log_every": task.eval_every, "seed": seed, "progress": False,
+        "predict": task.predict, "log_every": task.eval_every, "seed": seed, "progress": False,
     }  # fmt: skip
 
 
@@ -221,9 +250,7 @@ def _fit(task: Task, distiller: Distiller, part: str, seed: int, steps: int, wei
 
 
 def _results(task: Task, settings: dict[str, Any], arms: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    by_arm = {
-        name: [row for row in rows if row["arm"] == name] for name in (*(() if task.peers else ("teacher",)), *arms)
-    }
+    by_arm = {name: [row for row in rows if row["arm"] == name] for name in (*_teacher(task), *arms)}
     score = next(iter(task.metrics))
     scores = {name: [row["test"] for row in found] for name, found in by_arm.items()}
     pairs = [(a, b) for i, a in enumerate(arms) for b in arms[:i]]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 
-from kdfast.data.task import Rows, Task, models
+from kdfast.data.task import NamedRows, Rows, Task, models
 
-__all__ = ["TASKS", "Rows", "Task", "load_task", "models"]
+__all__ = ["TASKS", "NamedRows", "Rows", "Task", "load_task", "models"]
 
 # name: where its Task is made. Modules load on demand: they need the train extra.
 TASKS = {
     "digits": "kdfast.data.digits:digits_task",
+    "digit_diffusion": "kdfast.data.digit_diffusion:digit_diffusion_task",
+    "digit_graph": "kdfast.data.digit_graph:digit_graph_task",
     "digit_maps": "kdfast.data.digit_maps:digit_maps_task",
     "digit_maps_tail": "kdfast.data.digit_maps:digit_maps_tail_task",
 }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from kdfast.data.digits import digit_images
-from kdfast.data.task import NamedRows, Task
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdfast.data.digits import digit_images
+from kdfast.data.task import NamedRows, Task
 from kdfast.nn.diffusion import DiffusionSchedule
 
 TIMESTEPS = 100

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from kdfast.data.digits import digit_images
-from kdfast.data.task import Task
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kdfast.data.digits import digit_images
 from kdfast.data.statements import MASK, NO_RELATION, PAD, SPECIALS
+from kdfast.data.task import Task
 from kdfast.metrics import filtered_rank, hits_at, mean_reciprocal_rank
 
 SAMPLES, CLASSES, SCALES, PER_HEAD = 300, 10, 2, 4

@@ -29,6 +29,19 @@ class Rows(Dataset):
         return tuple(tensor[indices] for tensor in self.tensors)
 
 
+class NamedRows(Dataset):
+    """Tensors of one length by name; batches are dicts, which a model takes as keyword arguments (but "labels")."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        return {name: tensor[indices] for name, tensor in self.tensors.items()}
+
+
 def as_read(batch: Any) -> Any:
     """collate_fn for `Rows`, whose batches are tensors already (and, in a worker, must be importable)."""
     return batch
@@ -41,6 +54,8 @@ class Task:
     splits: seed -> {"teacher", "student", "val", "test": Dataset of (inputs, labels)}; the networks train on the first two,
         settings are chosen on "val", figures are of "test".
     student, teacher: make the networks, freshly initialised. peers: the second network is no trained teacher but a student too.
+    sizes: of the data, for a method that brings its own models (`Method.students(**sizes)`): then there is neither student nor
+        teacher here, and batches are dicts. predict: output -> predictions for the metrics, default the greatest class.
     layers: {name: (student path, teacher path)} of features a method may read, widths: {name: their channels}.
     dim: class axis of the logits; ignore_index: of the labels. metrics: {name: (predictions, labels) -> float}; the first counts.
     steps, eval_every, teacher_steps, batch_size, lr: optimizer steps of AdamW at a constant rate.
@@ -50,8 +65,10 @@ class Task:
     name: str
     title: str
     splits: Callable[[int], Mapping[str, Dataset]]
-    student: Callable[[], nn.Module]
-    teacher: Callable[[], nn.Module]
+    student: Callable[[], nn.Module] | None = None
+    teacher: Callable[[], nn.Module] | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    predict: Callable[[Any], Tensor] | None = None
     peers: bool = False
     layers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -75,11 +92,12 @@ class Task:
 
 
 def _collate(data: Dataset) -> Callable | None:
-    return as_read if isinstance(data, Rows) else None
+    return as_read if hasattr(data, "__getitems__") else None
 
 
 def models(task: Task, seed: int) -> tuple[nn.Module, nn.Module]:
     """Student and teacher of a seed: the same initial weights whoever asks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        assert task.student is not None and task.teacher is not None
         return task.student(), task.teacher()

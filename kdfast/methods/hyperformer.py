@@ -246,7 +246,11 @@ class HyperFormer(nn.Module):
         return slice(SPECIALS, SPECIALS + self.num_entities)
 
     def forward(
-        self, ids: Tensor, neighbours: Tensor | None = None, qualifiers: Tensor | None = None, known: Tensor | None = None
+        self,
+        ids: Tensor,
+        neighbours: Tensor | None = None,
+        qualifiers: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         _check_sequences("ids", ids, self.table.shape[0])
         if not self.use_qualifiers:
@@ -378,7 +382,9 @@ class Method(MethodBase):
 
         def small(**options: Any) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
             interaction = dict(kernel_width=4, kernel_height=4, channels=8, kernel_size=3)
-            sizes = dict(width=32, layers=2, heads=2, num_experts=8, top_k=2, d_hidden=32, interaction=interaction)
+            sizes: dict[str, Any] = dict(
+                width=32, layers=2, heads=2, num_experts=8, top_k=2, d_hidden=32, interaction=interaction
+            )
             return lambda: HyperFormer(num_entities, num_relations, **(sizes | options)), {}
 
         return {

@@ -331,7 +331,9 @@ class Method(MethodBase):
         """What to compare on small images: plain DiT, experts without the prior loss, whole; with the method's options."""
 
         def small(experts: int, **options: Any) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
-            shape = dict(patch=2, width=64, depth=4, heads=4, num_timesteps=num_timesteps, num_experts=experts, **sizes)
+            shape: dict[str, Any] = dict(
+                patch=2, width=64, depth=4, heads=4, num_timesteps=num_timesteps, num_experts=experts, **sizes
+            )
             return lambda: SwitchDiT(**shape), {"num_timesteps": num_timesteps, **options}
 
         return {"dit": small(0), "no_prior": small(3, prior_weight=0.0), "whole": small(3)}
