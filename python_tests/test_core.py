@@ -22,7 +22,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Python in a process of its own, with the same kdfast as this one."""
     base = {k: v for k, v in os.environ.items() if not k.startswith("KDFAST")}
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],  # -P: not the kdfast of the current folder
         env=base | {"PYTHONPATH": PACKAGE} | environment,
         text=True,
         capture_output=True,

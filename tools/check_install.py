@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -57,10 +58,14 @@ def pip(*arguments: str, check: bool = True, **environment: str) -> subprocess.C
 
 
 def probe(folder: Path, *, core: bool) -> None:
-    """Imports kdfast from `folder` in a new process, from outside the source tree."""
+    """Imports kdfast from `folder` in a new process, from outside the source tree.
+
+    -S: the finder of an editable install would lend its core to a package that has none. torch is found by its path.
+    """
+    path = os.pathsep.join([str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], cwd=OUT, text=True, capture_output=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith("KDFAST")} | {"PYTHONPATH": str(folder)},
+        [sys.executable, "-S", "-P", "-c", PROBE], cwd=OUT, text=True, capture_output=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("KDFAST")} | {"PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen = dict(line.split(" ", 1) for line in done.stdout.splitlines())
