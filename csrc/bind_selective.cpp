@@ -132,7 +132,9 @@ void bind_selective(py::module_& m) {
               if (!map) throw std::invalid_argument("labels: null address for a tensor with elements");
             }
             for (const Logits* grad : {&call.grad_a, &call.grad_b}) {
-              if (grad->data) advise_huge(grad->data, std::size_t(pixels * call.classes) * kItemSize[int(grad->dtype)]);
+              const std::size_t bytes = std::size_t(pixels * call.classes) * kItemSize[int(grad->dtype)];
+              if (grad->data) advise_huge(grad->data, bytes);
+              call.stream |= grad->data && bytes >= (std::size_t(32) << 20);
             }
             for (void* map : {call.reliability_a, call.reliability_b}) advise_huge(map, std::size_t(pixels) * (call.f64 ? 8 : 4));
             py::gil_scoped_release release;

@@ -37,11 +37,20 @@ KD_INLINE void load_tile(const Logits& logits, const Rows& rows, int64_t first, 
 }
 
 template <class T>
-KD_INLINE void store_tile(const T* tile, const Logits& logits, const Rows& rows, int64_t first, int64_t count, int64_t classes, int64_t pitch) {
+KD_INLINE void store_tile(const T* tile, const Logits& logits, const Rows& rows, int64_t first, int64_t count, int64_t classes, int64_t pitch,
+                          bool stream) {
   const int64_t stride = logits.row_strides[rows.axes - 1];
   for_stretches(rows, first, count, [&](int64_t at, int64_t pixel, int64_t n) {
     const int64_t offset = row_offset(rows, logits, pixel);
-    for (int64_t c = 0; c < classes; ++c) store_logits(tile + c * pitch + at, n, logits, offset + c * logits.class_stride, stride);
+    for (int64_t c = 0; c < classes; ++c) {
+      const T* from = tile + c * pitch + at;
+      const int64_t to = offset + c * logits.class_stride;
+      if (stream) {
+        stream_logits(from, n, logits, to, stride);
+      } else {
+        store_logits(from, n, logits, to, stride);
+      }
+    }
   });
 }
 
@@ -53,9 +62,29 @@ struct Side {
 
 template <class T>
 KD_INLINE bool any_lane(IVec<T> mask) {
-  int64_t any = 0;
-  for (int i = 0; i < kWidth<T>; ++i) any |= int64_t(mask[i]);
-  return any;
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  uint64_t words[sizeof mask / 8], any = 0;
+  std::memcpy(words, &mask, sizeof mask);
+  for (const uint64_t word : words) any |= word;
+  return any != 0;
+#endif
+}
+
+template <class T>
+KD_INLINE Vec<T> flip(Vec<T> v, IVec<T> sign) {
+  return from_bits<T>(bits_of<T>(v) ^ sign);
+}
+
+// Small integers of the lanes as bytes.
+template <class T>
+KD_INLINE void store_bytes(int8_t* out, IVec<T> lanes, int live) {
+  typedef int8_t Bytes __attribute__((vector_size(kWidth<T>)));
+  const Bytes bytes = __builtin_convertvector(lanes, Bytes);
+  std::memcpy(out, &bytes, std::size_t(live));
 }
 
 // hot: the label's logit. unit: temperature 1, where the sums of the KL and of the reliability are the same.
@@ -89,13 +118,12 @@ static void tile(const SelectiveCall& call, int64_t block) {
   const V scale_a = splat<T>(T(call.scale_a)), scale_b = splat<T>(T(call.scale_b));
   T* reliability_a = static_cast<T*>(call.reliability_a) + first;
   T* reliability_b = static_cast<T*>(call.reliability_b) + first;
-  double loss_a = 0, loss_b = 0;
-  int64_t n_valid = 0, n_to_a = 0, n_to_b = 0;
+  V loss_a = zero, loss_b = zero;  // per lane: at most a few dozen pixels each
+  I n_valid = {}, n_to_a = {}, n_to_b = {};
   for (int64_t group = 0; group < count; group += W) {
     const int live = int(count - group < W ? count - group : W);
     T *ag = a + group, *bg = b + group, *gg = gaps + group;
-    I valid = {};
-    V hot_a = zero, hot_b = zero;
+    alignas(64) T hot_as[W] = {}, hot_bs[W] = {}, in_v[W] = {};
     for (int i = 0; i < live; ++i) {
       const int64_t y = call.labels[first + group + i];
       if (y == call.ignore_index) continue;
@@ -103,10 +131,12 @@ static void tile(const SelectiveCall& call, int64_t block) {
         call.status->report(first + group + i, Bad::label);
         continue;
       }
-      valid[i] = -1;
-      hot_a[i] = ag[y * pitch + i];
-      hot_b[i] = bg[y * pitch + i];
+      in_v[i] = 1;
+      hot_as[i] = ag[y * pitch + i];
+      hot_bs[i] = bg[y * pitch + i];
     }
+    const V hot_a = load(hot_as), hot_b = load(hot_bs);
+    I valid = load(in_v) > zero;
     I to_a = {}, to_b = {};
     Side<T> sa, sb;
     sa.reliability = sb.reliability = zero;
@@ -137,11 +167,14 @@ static void tile(const SelectiveCall& call, int64_t block) {
           moment_b += fb > zero ? fb * db : zero;
         }
       }
-      const I wrong_a = valid & (sa.sum != sa.sum), wrong_b = valid & (sb.sum != sb.sum);
+      const I wrong_a = sa.sum != sa.sum, wrong_b = sb.sum != sb.sum;
       if (any_lane<T>(wrong_a | wrong_b)) {
-        for (int i = 0; i < live; ++i) {
-          if (wrong_a[i]) call.status->report(first + group + i, Bad::student);
-          if (wrong_b[i]) call.status->report(first + group + i, Bad::teacher);
+        for (int i = 0; i < W; ++i) {
+          if (wrong_a[i] && valid[i]) call.status->report(first + group + i, Bad::student);
+          if (wrong_b[i] && valid[i]) call.status->report(first + group + i, Bad::teacher);
+          if (!wrong_a[i] && !wrong_b[i]) continue;
+          sa.sum[i] = sb.sum[i] = 1;  // an ignored pixel may hold anything: it must not reach the products below
+          for (int64_t c = 0; c < C; ++c) ag[c * pitch + i] = bg[c * pitch + i] = gg[c * pitch + i] = 0;
         }
       }
       valid &= (sa.max > negative_inf) & (sb.max > negative_inf);
@@ -162,13 +195,11 @@ static void tile(const SelectiveCall& call, int64_t block) {
         reliability_b[group + i] = sb.reliability[i];
       }
     }
-    for (int i = 0; i < live; ++i) {
-      call.valid[first + group + i] = valid[i] != 0;
-      call.direction[first + group + i] = int8_t(to_b[i]) - int8_t(to_a[i]);  // a true lane is -1
-      n_valid -= valid[i];
-      n_to_a -= to_a[i];
-      n_to_b -= to_b[i];
-    }
+    store_bytes<T>(reinterpret_cast<int8_t*>(call.valid) + first + group, -valid, live);  // a true lane is -1
+    store_bytes<T>(call.direction + first + group, to_b - to_a, live);
+    n_valid -= valid;
+    n_to_a -= to_a;
+    n_to_b -= to_b;
     if (!any_lane<T>(to_a | to_b)) {
       for (int64_t c = 0; c < C; ++c) {
         store(ag + c * pitch, zero);
@@ -177,24 +208,33 @@ static void tile(const SelectiveCall& call, int64_t block) {
       continue;
     }
     const V gap = (sb.max - sa.max) * inverse_t + (sb.log_sum - sa.log_sum);
-    const V inverse_a = T(1) / sa.sum, inverse_b = T(1) / sb.sum;
+    // 0, not infinity, where all logits are -inf: that pixel's products are multiplied by a scale of 0
+    const V inverse_a = sa.sum > zero ? T(1) / sa.sum : zero, inverse_b = sb.sum > zero ? T(1) / sb.sum : zero;
+    // One term for both directions: d = log(teacher) - log(learner) changes its sign with the direction.
+    const V lane_a = to_a ? scale_a : zero, lane_b = to_b ? scale_b : zero;
+    const I sign = to_a ? I{} : sign_bits<T>();
     V loss = zero;
     for (int64_t c = 0; c < C; ++c) {
       const V pa = load(ag + c * pitch) * inverse_a, pb = load(bg + c * pitch) * inverse_b, d = load(gg + c * pitch) - gap;
-      const Kl<V> learned = kl<O>(to_a ? pb : pa, to_a ? pa : pb, to_a ? d : -d);
+      const Kl<V> learned = kl<O>(to_a ? pb : pa, to_a ? pa : pb, flip<T>(d, sign));
       loss += learned.term;
-      store(ag + c * pitch, to_a ? learned.difference * scale_a : zero);
-      store(bg + c * pitch, to_b ? learned.difference * scale_b : zero);
+      store(ag + c * pitch, learned.difference * lane_a);
+      store(bg + c * pitch, learned.difference * lane_b);
     }
-    loss_a += sum_lanes_double<T>(to_a ? loss : zero);
-    loss_b += sum_lanes_double<T>(to_b ? loss : zero);
+    loss_a += to_a ? loss : zero;
+    loss_b += to_b ? loss : zero;
   }
-  if (call.grad_a.data) store_tile(a, call.grad_a, call.rows, first, count, C, pitch);
-  if (call.grad_b.data) store_tile(b, call.grad_b, call.rows, first, count, C, pitch);
-  call.loss[2 * block] = loss_a;
-  call.loss[2 * block + 1] = loss_b;
-  const int64_t counts[3] = {n_valid, n_to_a, n_to_b};
-  for (int i = 0; i < 3; ++i) call.count[3 * block + i] = counts[i];
+  if (call.grad_a.data) store_tile(a, call.grad_a, call.rows, first, count, C, pitch, call.stream);
+  if (call.grad_b.data) store_tile(b, call.grad_b, call.rows, first, count, C, pitch, call.stream);
+  if (call.stream) stream_fence();
+  call.loss[2 * block] = sum_lanes_double<T>(loss_a);
+  call.loss[2 * block + 1] = sum_lanes_double<T>(loss_b);
+  const I counts[3] = {n_valid, n_to_a, n_to_b};
+  for (int k = 0; k < 3; ++k) {
+    int64_t total = 0;
+    for (int i = 0; i < W; ++i) total += counts[k][i];
+    call.count[3 * block + k] = total;
+  }
 }
 
 }  // namespace

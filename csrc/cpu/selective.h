@@ -15,6 +15,7 @@ struct SelectiveCall {
   double temperature = 1;
   bool entropy = false;             // reliability: entropy of the own softmax, else cross-entropy with the label
   bool f64 = false;                 // compute type: double if a map is
+  bool stream = false;              // gradients larger than any cache
   double scale_a = 1, scale_b = 1;  // stored gradient = scale (p_student - p_teacher)
   // [pixels]; the reliabilities in the compute type
   int8_t* direction = nullptr;
@@ -27,10 +28,10 @@ struct SelectiveCall {
   Status* status = nullptr;
 };
 
-// A block of pixels is a tile: about 16 KB (float) of each map, a whole number of vectors of every instruction set. Cut by
-// shape alone, so that sums depend neither on the threads nor on the instruction set's width.
+// A block of pixels is a tile: at most 64 KB (float) of each map where it can be, so that three of them stay in L2, and a whole
+// number of vectors of every instruction set. Cut by shape alone, so that sums do not depend on the threads.
 static inline int64_t selective_tile(int64_t classes) {
-  const int64_t pixels = 4096 / classes / 16 * 16;
+  const int64_t pixels = 16384 / classes / 16 * 16;
   return pixels < 16 ? 16 : pixels > 256 ? 256 : pixels;
 }
 static inline int64_t selective_blocks(const SelectiveCall& call) {

@@ -72,6 +72,14 @@ KD_INLINE void store(T* address, Vec<T> v) {
   std::memcpy(address, &v, sizeof v);
 }
 
+#if defined(__AVX512F__)
+KD_INLINE void stream(float* address, Vec<float> v) { _mm512_stream_ps(address, (__m512)v); }
+KD_INLINE void stream(double* address, Vec<double> v) { _mm512_stream_pd(address, (__m512d)v); }
+#elif defined(__AVX2__)
+KD_INLINE void stream(float* address, Vec<float> v) { _mm256_stream_ps(address, (__m256)v); }
+KD_INLINE void stream(double* address, Vec<double> v) { _mm256_stream_pd(address, (__m256d)v); }
+#endif
+
 template <class T>
 KD_INLINE IVec<T> bits_of(Vec<T> v) {
   IVec<T> i;
@@ -95,9 +103,14 @@ template <class V>
 KD_INLINE V vmin(V a, V b) {
   return b < a ? b : a;
 }
+// The sign bit in every lane. (Not the bits of splat(-0.0): 0 + -0.0 is +0.)
+template <class T>
+KD_INLINE IVec<T> sign_bits() {
+  return (IVec<T>{} + 1) << (8 * int(sizeof(T)) - 1);
+}
 template <class T>
 KD_INLINE Vec<T> vabs(Vec<T> v) {
-  return v < T(0) ? -v : v;
+  return from_bits<T>(bits_of<T>(v) & ~sign_bits<T>());
 }
 
 template <class T>
