@@ -34,7 +34,9 @@ def stop(error: Exception) -> typer.Exit:
 
 @app.command()
 def distill(
-    data: Annotated[str, typer.Option(help="Task: " + ", ".join(TASKS))] = "digits",
+    data: Annotated[
+        str | None, typer.Option(help="Task: " + ", ".join(TASKS) + "; default: the method's own, else digits.")
+    ] = None,
     method: Annotated[str, typer.Option(help="A method's name, see `kdfast methods`.")] = "kd",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to SEEDS-1.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder; a stopped run goes on where it was.")] = Path("runs/demo"),
@@ -49,6 +51,9 @@ def distill(
     except ImportError as error:
         raise stop(error) from None
     try:
+        if data is None:
+            own = next((row.task for row in (*BASELINES, *CATALOGUE) if row.slug == method), "digits")
+            data = own if own in TASKS else "digits"
         with _progress() as report:
             results = run(
                 data, method, seeds=seeds, out=out, steps=steps, options=_options(option or []), on_progress=report
