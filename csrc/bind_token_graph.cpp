@@ -62,24 +62,24 @@ void bind_token_graph(py::module_& m) {
     py::gil_scoped_release release;
     KD_CALL(graph_select, call);
   });
-  m.def("graph_rank", [](bool f64, std::uintptr_t tokens, int64_t n, int64_t width, int64_t k, int candidates, std::uintptr_t norms,
+  m.def("graph_rank", [](bool f64, std::uintptr_t tokens, std::uintptr_t inverse, int64_t n, int64_t width, int64_t k, int candidates, std::uintptr_t norms,
                          std::uintptr_t keys, std::uintptr_t ids, std::uintptr_t counts, double slack, double sigma,
                          std::uintptr_t neighbours, std::uintptr_t weights) {
     if (!tokens || !neighbours || !weights) throw std::invalid_argument("tokens: null address");
     if (candidates && (!norms || !keys || !ids || !counts)) throw std::invalid_argument("norms: null address");
-    GraphRank call{f64,  pointer<void>(tokens), n,     width, k, candidates, pointer<void>(norms), pointer<void>(keys), pointer<int32_t>(ids),
+    GraphRank call{f64,  pointer<void>(tokens), pointer<void>(inverse), n,     width, k, candidates, pointer<void>(norms), pointer<void>(keys), pointer<int32_t>(ids),
                    pointer<int32_t>(counts), slack, sigma, pointer<int32_t>(neighbours), pointer<void>(weights)};
     py::gil_scoped_release release;
     KD_CALL(graph_rank, call);
   });
-  m.def("edge_weights", [](bool f64, std::uintptr_t tokens, int64_t width, int64_t edges, std::uintptr_t sources, std::uintptr_t targets,
+  m.def("edge_weights", [](bool f64, std::uintptr_t tokens, std::uintptr_t inverse, int64_t width, int64_t edges, std::uintptr_t sources, std::uintptr_t targets,
                            double sigma, std::uintptr_t weights) {
     if (!tokens || !sources || !targets || !weights) throw std::invalid_argument("tokens: null address");
-    EdgeWeights call{f64, pointer<void>(tokens), width, edges, pointer<int32_t>(sources), pointer<int32_t>(targets), sigma, pointer<void>(weights)};
+    EdgeWeights call{f64, pointer<void>(tokens), pointer<void>(inverse), width, edges, pointer<int32_t>(sources), pointer<int32_t>(targets), sigma, pointer<void>(weights)};
     py::gil_scoped_release release;
     KD_CALL(edge_weights, call);
   });
-  m.def("edge_gradient", [](bool f64, std::uintptr_t tokens, int64_t n, int64_t width, int64_t edges, std::uintptr_t sources,
+  m.def("edge_gradient", [](bool f64, std::uintptr_t tokens, std::uintptr_t inverse, double largest_inverse, int64_t n, int64_t width, int64_t edges, std::uintptr_t sources,
                             std::uintptr_t targets, std::uintptr_t weights, std::uintptr_t grad_weights, double sigma, std::uintptr_t grad) {
     if (!tokens || !grad) throw std::invalid_argument("tokens: null address");
     py::gil_scoped_release release;
@@ -94,9 +94,20 @@ void bind_token_graph(py::module_& m) {
       others[i] = entry < edges ? ends[entry + edges] : ends[entry - edges];
       order[i] = int32_t(entry < edges ? entry : entry - edges);
     }
-    EdgeGradient call{f64,          pointer<void>(tokens),        n,     width,
-                      starts.data(), others.data(),               order.data(), pointer<void>(weights),
-                      pointer<void>(grad_weights), sigma,         pointer<void>(grad)};
+    EdgeGradient call;
+    call.f64 = f64;
+    call.tokens = pointer<void>(tokens);
+    call.inverse = pointer<void>(inverse);
+    call.largest_inverse = largest_inverse;
+    call.n = n;
+    call.width = width;
+    call.starts = starts.data();
+    call.others = others.data();
+    call.edges = order.data();
+    call.weights = pointer<void>(weights);
+    call.grad_weights = pointer<void>(grad_weights);
+    call.sigma = sigma;
+    call.grad = pointer<void>(grad);
     advise_huge(call.grad, std::size_t(n * width) * (f64 ? 8 : 4));
     KD_CALL(edge_gradient, call);
   });

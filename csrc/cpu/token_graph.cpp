@@ -123,22 +123,37 @@ static void select(const GraphSelect& call) {
   });
 }
 
+// A token and its scale.
 template <class T>
-static T distance2(const T* a, const T* b, int64_t width) {
+struct Token {
+  const T* values;
+  T scale;
+};
+
+template <class T>
+KD_INLINE Token<T> token_at(const void* tokens, const void* inverse, int64_t width, int64_t i) {
+  return {static_cast<const T*>(tokens) + i * width, inverse ? static_cast<const T*>(inverse)[i] : T(1)};
+}
+
+template <class T>
+static T distance2(Token<T> a, Token<T> b, int64_t width) {
   constexpr int U = 4, W = kWidth<T>;
   Vec<T> total[U] = {};
   int64_t c = 0;
   for (; c + U * W <= width; c += U * W)
     for (int u = 0; u < U; ++u) {
-      const Vec<T> d = load(a + c + u * W) - load(b + c + u * W);
+      const Vec<T> d = load(a.values + c + u * W) * a.scale - load(b.values + c + u * W) * b.scale;
       total[u] += d * d;
     }
   for (; c + W <= width; c += W) {
-    const Vec<T> d = load(a + c) - load(b + c);
+    const Vec<T> d = load(a.values + c) * a.scale - load(b.values + c) * b.scale;
     total[0] += d * d;
   }
   T sum = sum_lanes<T>((total[0] + total[1]) + (total[2] + total[3]));
-  for (; c < width; ++c) sum += (a[c] - b[c]) * (a[c] - b[c]);
+  for (; c < width; ++c) {
+    const T d = a.values[c] * a.scale - b.values[c] * b.scale;
+    sum += d * d;
+  }
   return sum;
 }
 
@@ -150,13 +165,13 @@ KD_INLINE T rank_key(T d2) {
 
 template <class T>
 static void rank_row(const GraphRank& call, int64_t i, T* keys, int32_t* ids) {
-  const T* tokens = static_cast<const T*>(call.tokens);
-  const T* mine = tokens + i * call.width;
+  auto token = [&](int64_t j) { return token_at<T>(call.tokens, call.inverse, call.width, j); };
+  const Token<T> mine = token(i);
   const int k = int(call.k);
   int32_t found = 0;
   const List<T> best{keys, ids, &found, k};
   auto consider = [&](int32_t j) {
-    const T key = rank_key(distance2(mine, tokens + j * call.width, call.width));
+    const T key = rank_key(distance2(mine, token(j), call.width));
     const bool full = found == k;
     if (!full || key < keys[k - 1] || (key == keys[k - 1] && j < ids[k - 1])) insert(best, key, j);
   };
@@ -179,7 +194,7 @@ static void rank_row(const GraphRank& call, int64_t i, T* keys, int32_t* ids) {
   T* weights = static_cast<T*>(call.weights) + i * k;
   for (int r = 0; r < k; ++r) {
     call.neighbours[i * k + r] = ids[r];
-    const T d2 = keys[r] < T(kInf) ? keys[r] : distance2(mine, tokens + ids[r] * call.width, call.width);
+    const T d2 = keys[r] < T(kInf) ? keys[r] : distance2(mine, token(ids[r]), call.width);
     weights[r] = T(__builtin_exp(-double(d2) / (2 * call.sigma)));
   }
 }
@@ -196,44 +211,57 @@ static void rank(const GraphRank& call) {
 
 template <class T>
 static void weigh(const EdgeWeights& call) {
-  const T* tokens = static_cast<const T*>(call.tokens);
+  auto token = [&](int64_t j) { return token_at<T>(call.tokens, call.inverse, call.width, j); };
   T* weights = static_cast<T*>(call.weights);
   parallel_for(call.edges, 1 + 32768 / (1 + call.width), [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
-      const T d2 = distance2(tokens + call.sources[e] * call.width, tokens + call.targets[e] * call.width, call.width);
+      const T d2 = distance2(token(call.sources[e]), token(call.targets[e]), call.width);
       weights[e] = T(__builtin_exp(-double(d2) / (2 * call.sigma)));
     }
   });
 }
 
-// out[0, width) = sum over the token's edges of c (x - other), c = -dL/dA A / sigma, edge by edge in list order.
+// out[0, width) = g = sum over the token's edges of c (x - other), c = -dL/dA A / sigma, edge by edge in list order.
+// Of a normalised token x = r t, r = 1/|t|: dL/dt = r (g - x <x, g>), or r g where r is the constant of a short token.
 template <class T>
 static void gather_row(const EdgeGradient& call, int64_t i) {
   constexpr int U = 4, W = kWidth<T>;
-  const T* tokens = static_cast<const T*>(call.tokens);
+  auto token = [&](int64_t j) { return token_at<T>(call.tokens, call.inverse, call.width, j); };
   const T* weights = static_cast<const T*>(call.weights);
   const T* grads = static_cast<const T*>(call.grad_weights);
-  const T* mine = tokens + i * call.width;
+  const Token<T> mine = token(i);
   T* out = static_cast<T*>(call.grad) + i * call.width;
   const int64_t begin = call.starts[i], end = call.starts[i + 1];
   const T factor = T(-1 / call.sigma);
   int64_t c = 0;
   for (; c + U * W <= call.width; c += U * W) {
     Vec<T> total[U] = {}, x[U];
-    for (int u = 0; u < U; ++u) x[u] = load(mine + c + u * W);
+    for (int u = 0; u < U; ++u) x[u] = load(mine.values + c + u * W) * mine.scale;
     for (int64_t e = begin; e < end; ++e) {
-      const Vec<T> scale = splat(factor * grads[call.edges[e]] * weights[call.edges[e]]);
-      const T* other = tokens + call.others[e] * call.width + c;
-      for (int u = 0; u < U; ++u) total[u] += scale * (x[u] - load(other + u * W));
+      const Vec<T> slope = splat(factor * grads[call.edges[e]] * weights[call.edges[e]]);
+      const Token<T> other = token(call.others[e]);
+      for (int u = 0; u < U; ++u) total[u] += slope * (x[u] - load(other.values + c + u * W) * other.scale);
     }
     for (int u = 0; u < U; ++u) store(out + c + u * W, total[u]);
   }
   for (; c < call.width; ++c) {
     T total = 0;
-    for (int64_t e = begin; e < end; ++e)
-      total += factor * grads[call.edges[e]] * weights[call.edges[e]] * (mine[c] - tokens[call.others[e] * call.width + c]);
+    for (int64_t e = begin; e < end; ++e) {
+      const Token<T> other = token(call.others[e]);
+      total += factor * grads[call.edges[e]] * weights[call.edges[e]] * (mine.values[c] * mine.scale - other.values[c] * other.scale);
+    }
     out[c] = total;
   }
+  if (!call.inverse) return;
+  T along = 0;  // <x, g>
+  if (double(mine.scale) < call.largest_inverse) {
+    Vec<T> lanes{};
+    for (c = 0; c + W <= call.width; c += W) lanes += load(mine.values + c) * load(out + c);
+    along = sum_lanes<T>(lanes);
+    for (; c < call.width; ++c) along += mine.values[c] * out[c];
+    along *= mine.scale * mine.scale;
+  }
+  for (c = 0; c < call.width; ++c) out[c] = mine.scale * (out[c] - along * mine.values[c]);
 }
 
 template <class T>

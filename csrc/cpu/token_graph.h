@@ -1,5 +1,6 @@
 // Token graphs: k nearest neighbours from blocks of a Gram matrix, exact distances, and gradients by gathering.
 // Matrix products are the caller's. Tokens are dense [n, width] of the compute type (float, or double when `f64`).
+// `inverse` [n], if not null, scales token i: the graph of normalised tokens without a normalised copy.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +25,7 @@ struct GraphSelect {
 struct GraphRank {
   bool f64 = false;
   const void* tokens = nullptr;
+  const void* inverse = nullptr;
   int64_t n = 0, width = 0, k = 0;
   int candidates = 0;           // 0: none, every row looks at all tokens
   const void* norms = nullptr;
@@ -39,6 +41,7 @@ struct GraphRank {
 struct EdgeWeights {
   bool f64 = false;
   const void* tokens = nullptr;
+  const void* inverse = nullptr;
   int64_t width = 0, edges = 0;
   const int32_t* sources = nullptr;
   const int32_t* targets = nullptr;
@@ -50,6 +53,7 @@ struct EdgeWeights {
 struct EdgeGradient {
   bool f64 = false;
   const void* tokens = nullptr;
+  const void* inverse = nullptr;
   int64_t n = 0, width = 0;
   const int64_t* starts = nullptr;   // [n + 1]
   const int32_t* others = nullptr;   // the edge's other end
@@ -57,6 +61,7 @@ struct EdgeGradient {
   const void* weights = nullptr;     // [edges]
   const void* grad_weights = nullptr;
   double sigma = 1;
+  double largest_inverse = 0;        // a token whose norm is below the floor: scaled by a constant
   void* grad = nullptr;              // [n, width]
 };
 

@@ -33,6 +33,7 @@ ORIENTATIONS = ("row", "column")
 DIRECTIONS = ("student_teacher", "teacher_student")
 # Up to so many tokens all distances are computed directly: the product and its bookkeeping cost more.
 DIRECT_TOKENS = 128
+LARGEST_INVERSE = (1 - 1e-5) / NORM_FLOOR  # factors above belong to tokens shorter than the floor
 
 
 # ---------------------------------------------------------------- references: the definitions, with every option
@@ -69,39 +70,37 @@ def token_graph_kl_reference(
     dtype = compute_dtype(student, teacher)
     log_softmaxes = []
     for tokens in (student, teacher):
-        x = _normalized(tokens.to(dtype), normalize)
-        rows, columns, weights = _edges_of(x, k, sigma, orientation, edges, "reference")
+        x = F.normalize(tokens.to(dtype), dim=-1, eps=NORM_FLOOR) if normalize else tokens.to(dtype)
+        sources, targets, weights = _reference_edges(x, k, sigma, edges)
+        rows, columns = (sources, targets) if orientation == "row" else (targets, sources)
         dense = x.new_zeros(len(x), len(x)).index_put((rows.long(), columns.long()), weights)
         log_softmaxes.append(dense.log_softmax(-1))
     log_p, log_q = log_softmaxes if direction == "student_teacher" else log_softmaxes[::-1]
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def _normalized(tokens: Tensor, normalize: bool) -> Tensor:
-    return F.normalize(tokens, dim=-1, eps=NORM_FLOOR) if normalize else tokens
-
-
-def _edges_of(tokens, k, sigma, orientation, edges, backend) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and weights of the matrix A."""
+def _reference_edges(x: Tensor, k: int | None, sigma: float, edges: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if edges is None:
-        neighbours, weights = knn_graph(tokens, k, sigma=sigma, backend=backend)
-        sources = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device).repeat_interleave(k)
-        targets, weights = neighbours.reshape(-1), weights.reshape(-1)
-    else:
-        sources, targets = edges[0], edges[1]
-        if backend == "reference":
-            weights = (-(tokens[sources.long()] - tokens[targets.long()]).square().sum(-1) / (2 * sigma)).exp()
-        else:
-            weights = apply_function(_EdgeWeights, _EdgeWeightsEager, tokens, sources, targets, sigma)
-    return (sources, targets, weights) if orientation == "row" else (targets, sources, weights)
+        assert k is not None
+        neighbours, weights = knn_graph_reference(x, k, sigma=sigma)
+        return _sources(neighbours), neighbours.reshape(-1), weights.reshape(-1)
+    d2 = (x[edges[0].long()] - x[edges[1].long()]).square().sum(-1)
+    return edges[0], edges[1], (-d2 / (2 * sigma)).exp()
+
+
+def _sources(neighbours: Tensor) -> Tensor:
+    """The token each entry of neighbours [n, k] belongs to, [n k]."""
+    n, k = neighbours.shape
+    return torch.arange(n, dtype=torch.int32, device=neighbours.device).repeat_interleave(k)
 
 
 # ---------------------------------------------------------------- registration
-lib.define("knn_graph(Tensor tokens, int k, float sigma) -> (Tensor, Tensor)")
-lib.define("edge_weights(Tensor tokens, Tensor sources, Tensor targets, float sigma) -> Tensor")
+# inverse [n]: factors of the tokens that normalise them; the backward knows that they depend on the tokens.
+lib.define("knn_graph(Tensor tokens, Tensor? inverse, int k, float sigma) -> (Tensor, Tensor)")
+lib.define("edge_weights(Tensor tokens, Tensor? inverse, Tensor sources, Tensor targets, float sigma) -> Tensor")
 lib.define(
-    "edge_weights_backward(Tensor grad_weights, Tensor weights, Tensor tokens, Tensor sources, Tensor targets, float sigma) "
-    "-> Tensor"
+    "edge_weights_backward(Tensor grad_weights, Tensor weights, Tensor tokens, Tensor? inverse, Tensor sources, "
+    "Tensor targets, float sigma) -> Tensor"
 )
 _KL_EDGES = (
     "Tensor student_rows, Tensor student_columns, Tensor student_weights, "
@@ -114,18 +113,18 @@ lib.define(
 
 
 @torch.library.register_fake("kdfast::knn_graph")
-def _(tokens, k, sigma):
+def _(tokens, inverse, k, sigma):
     shape = (tokens.shape[0], k)
     return tokens.new_empty(shape, dtype=torch.int32), tokens.new_empty(shape, dtype=compute_dtype(tokens))
 
 
 @torch.library.register_fake("kdfast::edge_weights")
-def _(tokens, sources, targets, sigma):
+def _(tokens, inverse, sources, targets, sigma):
     return tokens.new_empty(sources.shape, dtype=compute_dtype(tokens))
 
 
 @torch.library.register_fake("kdfast::edge_weights_backward")
-def _(grad_weights, weights, tokens, sources, targets, sigma):
+def _(grad_weights, weights, tokens, inverse, sources, targets, sigma):
     return tokens.new_empty(tokens.shape)
 
 
@@ -150,35 +149,39 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 @torch.library.impl(lib, "knn_graph", "CPU")
-def _knn_graph_cpu(tokens, k, sigma):
+def _knn_graph_cpu(tokens, inverse, k, sigma):
     x = tokens.to(compute_dtype(tokens)).contiguous()
     n, width = x.shape
     f64 = x.dtype == torch.float64
     candidates = min(2 * k, n - 1) if n > DIRECT_TOKENS and n - 1 > 2 * k else 0
     norms = keys = ids = counts = None
     if candidates:
-        norms, keys, ids, counts = _candidates(x, candidates)
+        norms, keys, ids, counts = _candidates(x, inverse, candidates)
     neighbours = torch.empty(n, k, dtype=torch.int32)
     weights = x.new_empty(n, k)
-    slack = (width + 16) * 2.0 ** (-53 if f64 else -24)
+    slack = (width + 32) * 2.0 ** (-53 if f64 else -24)
     _core.core.graph_rank(
-        f64, address(x), n, width, k, candidates, address(norms), address(keys), address(ids), address(counts), slack, sigma,
+        f64, address(x), address(inverse), n, width, k, candidates, address(norms), address(keys), address(ids), address(counts), slack, sigma,
         address(neighbours), address(weights),
     )  # fmt: skip
     return neighbours, weights
 
 
-def _candidates(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _candidates(x: Tensor, inverse: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The `count` tokens that may be nearest to each token, judged by lower bounds of the distances.
 
     With u the rounding of the products, a computed <x_i, x_j> is off by at most D u |x_i| |x_j|, a squared norm by D u |x|^2,
-    and centring moves each token by u |x|. Shrinking the norms by (2 D + 16) u covers all of it, since
+    and scaling and centring move each token by a few u |x|. Shrinking the norms by (2 D + 32) u covers all of it, since
     2 |x_i| |x_j| <= |x_i|^2 + |x_j|^2: key_ij + N_i is then never above the true squared distance.
     """
     n, width = x.shape
-    centred = x - x.mean(0)
+    if inverse is None:
+        centred = x - x.mean(0)
+    else:
+        centred = x * inverse.unsqueeze(1)
+        centred.sub_(centred.mean(0))
     norms = torch.linalg.vector_norm(centred, dim=1).square_()
-    norms.mul_(max(0.0, 1 - (2 * width + 16) * _rounding(x.dtype)))
+    norms.mul_(max(0.0, 1 - (2 * width + 32) * _rounding(x.dtype)))
     keys, ids = x.new_empty(n, count), torch.empty(n, count, dtype=torch.int32)
     counts = torch.zeros(n, dtype=torch.int32)
     blocks = row_blocks(n, n, x.element_size())
@@ -195,23 +198,23 @@ def _candidates(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.library.impl(lib, "edge_weights", "CPU")
-def _edge_weights_cpu(tokens, sources, targets, sigma):
+def _edge_weights_cpu(tokens, inverse, sources, targets, sigma):
     x = tokens.to(compute_dtype(tokens)).contiguous()
     weights = x.new_empty(len(sources))
     if len(sources):
         _core.core.edge_weights(
-            x.dtype == torch.float64, address(x), x.shape[1], len(sources), address(sources), address(targets), sigma,
+            x.dtype == torch.float64, address(x), address(inverse), x.shape[1], len(sources), address(sources), address(targets), sigma,
             address(weights),
         )  # fmt: skip
     return weights
 
 
 @torch.library.impl(lib, "edge_weights_backward", "CPU")
-def _edge_weights_backward_cpu(grad_weights, weights, tokens, sources, targets, sigma):
+def _edge_weights_backward_cpu(grad_weights, weights, tokens, inverse, sources, targets, sigma):
     x = tokens.to(compute_dtype(tokens)).contiguous()
     grad = torch.empty_like(x)
     _core.core.edge_gradient(
-        x.dtype == torch.float64, address(x), *x.shape, len(sources), address(sources), address(targets), address(weights),
+        x.dtype == torch.float64, address(x), address(inverse), LARGEST_INVERSE, *x.shape, len(sources), address(sources), address(targets), address(weights),
         address(grad_weights.contiguous()), sigma, address(grad),
     )  # fmt: skip
     return grad.to(tokens.dtype)
@@ -247,41 +250,40 @@ class _KnnGraph(torch.autograd.Function):
     """Neighbours (not differentiable) and their weights."""
 
     @staticmethod
-    def forward(tokens, k, sigma):
-        return torch.ops.kdfast.knn_graph.default(tokens, k, sigma)
+    def forward(tokens, inverse, k, sigma):
+        return torch.ops.kdfast.knn_graph.default(tokens, inverse, k, sigma)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tokens, ctx.k, ctx.sigma = inputs
-        ctx.save_for_backward(tokens, *output)
+        tokens, inverse, _, ctx.sigma = inputs
+        ctx.save_for_backward(tokens, inverse, *output)
         ctx.mark_non_differentiable(output[0])
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, _, grad_weights):
-        tokens, neighbours, weights = ctx.saved_tensors
-        sources = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device).repeat_interleave(ctx.k)
+        tokens, inverse, neighbours, weights = ctx.saved_tensors
         flat = (grad_weights.reshape(-1), weights.reshape(-1))
-        targets = neighbours.reshape(-1)
-        grad = torch.ops.kdfast.edge_weights_backward.default(*flat, tokens, sources, targets, ctx.sigma)
-        return grad, None, None
+        ends = (_sources(neighbours), neighbours.reshape(-1))
+        grad = torch.ops.kdfast.edge_weights_backward.default(*flat, tokens, inverse, *ends, ctx.sigma)
+        return grad, None, None, None
 
 
 class _EdgeWeights(torch.autograd.Function):
     @staticmethod
-    def forward(tokens, sources, targets, sigma):
-        return torch.ops.kdfast.edge_weights.default(tokens, sources, targets, sigma)
+    def forward(tokens, inverse, sources, targets, sigma):
+        return torch.ops.kdfast.edge_weights.default(tokens, inverse, sources, targets, sigma)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tokens, sources, targets, ctx.sigma = inputs
-        ctx.save_for_backward(output, tokens, sources, targets)
+        *tensors, ctx.sigma = inputs
+        ctx.save_for_backward(output, *tensors)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_weights):
         backward = torch.ops.kdfast.edge_weights_backward.default
-        return backward(grad_weights, *ctx.saved_tensors, ctx.sigma), None, None, None
+        return backward(grad_weights, *ctx.saved_tensors, ctx.sigma), None, None, None, None
 
 
 class _SparseKL(torch.autograd.Function):
@@ -331,7 +333,7 @@ def knn_graph(tokens: Tensor, k: int, *, sigma: float = 1.0, backend: str | None
     check_number("sigma", sigma, low=0.0, open_low=True)
     if _choose("knn_graph", (tokens,), backend) == "reference":
         return knn_graph_reference(tokens, k, sigma=sigma)
-    return apply_function(_KnnGraph, _KnnGraphEager, tokens, k, float(sigma))
+    return apply_function(_KnnGraph, _KnnGraphEager, tokens, None, k, float(sigma))
 
 
 def token_graph_kl(
@@ -390,9 +392,17 @@ def token_graph_kl(
     dtype = compute_dtype(student, teacher)
     graphs: list[Tensor] = []
     for tokens in (student, teacher):
-        tokens = tokens.to(dtype) if normalize or dtype == torch.float64 else tokens
-        tokens = _normalized(tokens, normalize)
-        graphs += _edges_of(tokens, k, float(sigma), orientation, edges, chosen)
+        tokens = tokens.to(dtype) if dtype == torch.float64 else tokens
+        inverse = None
+        if normalize:
+            inverse = torch.linalg.vector_norm(tokens.detach(), dim=1, dtype=dtype).clamp_min(NORM_FLOOR).reciprocal()
+        if edges is None:
+            neighbours, weights = apply_function(_KnnGraph, _KnnGraphEager, tokens, inverse, k, float(sigma))
+            ends = [_sources(neighbours), neighbours.reshape(-1)]
+        else:
+            ends = [edges[0], edges[1]]
+            weights = apply_function(_EdgeWeights, _EdgeWeightsEager, tokens, inverse, *ends, float(sigma))
+        graphs += [*(ends if orientation == "row" else ends[::-1]), weights.reshape(-1)]
     return apply_function(_SparseKL, _SparseKLEager, *graphs, len(student), direction == "teacher_student")
 
 

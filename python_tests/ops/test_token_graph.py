@@ -208,10 +208,10 @@ def test_several_blocks(monkeypatch):
     from kdfast.ops import token_graph
 
     x = tokens(LARGE, 6).detach()
-    whole = token_graph._candidates(x, 10)
+    whole = token_graph._candidates(x, None, 10)
     cuts = [0, 1, 40, 41, 170, LARGE]
     monkeypatch.setattr(token_graph, "row_blocks", lambda *_: list(itertools.pairwise(cuts)))
-    cut = token_graph._candidates(x, 10)
+    cut = token_graph._candidates(x, None, 10)
     assert bool((cut[3] == 10).all()) and torch.equal(whole[2], cut[2])
 
 
@@ -269,6 +269,20 @@ def test_nan_token_is_nobodys_neighbour_and_keeps_its_nan(n):
     assert neighbours[4].tolist() == [0, 1, 2] and bool(weights[4].isnan().all())
     kl = token_graph_kl(x, tokens(n, 3, torch.float32, seed=1).detach(), k=3)
     assert kl.isnan().nonzero().flatten().tolist() == [4]
+
+
+@core
+def test_normalize_has_the_derivative_of_a_normalisation_also_for_tokens_below_the_floor():
+    s, t = tokens(9, 3).detach(), tokens(9, 4, seed=1)
+    s[2] = 0.0
+    s[5] *= 1e-13  # shorter than the floor of 1e-12: scaled by a constant
+    results = []
+    for call in (token_graph_kl, token_graph_kl_reference):
+        x = s.clone().requires_grad_()
+        rows = call(x, t.detach(), k=8, normalize=True)  # all others: a zero token is equally far from all
+        results.append((rows, *torch.autograd.grad(rows.sum(), x)))
+    assert results[1][1][5].abs().max() > 1e6  # the constant is 1e12
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
 
 
 @core
