@@ -218,7 +218,8 @@ def _(cost, a, b, epsilon, n_iters, rows_first, lam_a, lam_b, tol, need_plan, ne
 
 
 def _gradients(cost: Tensor, a, b) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(cost), *(cost.new_empty(0) if w is None else w.new_empty(w.shape) for w in (a, b))
+    grad_a, grad_b = (cost.new_empty(0) if w is None else w.new_empty(w.shape) for w in (a, b))
+    return torch.empty_like(cost), grad_a, grad_b
 
 
 @torch.library.register_fake("kdfast::sinkhorn_backward")
@@ -375,7 +376,8 @@ def sinkhorn(
     _check(cost, a, b, epsilon, n_iters, order, update, rho, tol, reg_type, grad)
     if _choose("sinkhorn", cost, a, b, epsilon, update, reg_type, backend) != "reference":
         if grad == "envelope":
-            cost, a, b = (None if t is None else t.detach() for t in (cost, a, b))
+            cost = cost.detach()
+            a, b = (None if t is None else t.detach() for t in (a, b))
         _, *out = _solve(cost, a, b, epsilon, n_iters, order, rho, tol, True, False)
         return SinkhornOutput(*out)
     return sinkhorn_reference(
