@@ -85,6 +85,8 @@ static void set_kind(DivergenceCall& call, const std::string& kind, double a, do
   }
 }
 
+constexpr std::size_t kStreamBytes = std::size_t{32} << 20;
+
 struct Operand {
   std::uintptr_t address;
   int dtype;
@@ -114,7 +116,9 @@ static DivergenceCall make_call(const Operand& student, const Operand& teacher, 
   for (Logits* grad : {&call.grad_student, &call.grad_teacher}) {
     if (grad->data) {
       const int64_t width = grad == &call.grad_student ? call.student_width : call.teacher_width;
-      advise_huge(grad->data, std::size_t(call.rows.count * width) * kItemSize[int(grad->dtype)]);
+      const std::size_t bytes = std::size_t(call.rows.count * width) * kItemSize[int(grad->dtype)];
+      advise_huge(grad->data, bytes);
+      if (bytes > kStreamBytes && call.labels == nullptr) call.stream = true;
     }
   }
   return call;

@@ -52,9 +52,9 @@ KD_INLINE Kl<N> kl(N p, N q, N d) {
   return {O::select(small, near, pd + far), O::select(small, near - pd, far)};
 }
 
-template <class O, Kind kind, class N = typename O::N>
-KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k) {
-  Element<N> e;
+// With `known`, e.q and e.p come in (a driver that kept the exponentials); else they are made from lq and lp.
+template <class O, Kind kind, bool known = false, class N = typename O::N>
+KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k, Element<N> e = Element<N>()) {
   if constexpr (kind == Kind::binary) {
     // Two coins per class; lq, lp are the logits x, z themselves and d = z - x.
     const N one = O::set(1);
@@ -79,13 +79,16 @@ KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k
     const N gap = O::max(O::set(-1e4), O::min(O::set(1e4), swap ? -d : d));  // log first - log second
     const N small_ratio = O::exp(-O::abs(gap));
     const N minus = O::select(O::abs(gap) < O::set(0.5), O::expm1_small(-O::abs(gap)), small_ratio - O::set(1));
-    const N big = O::exp(O::max(lq, lp)), other = big * small_ratio;
     const N L = O::log1p(O::select(gap > O::set(0), c, b) * minus);
-    const N first = O::select(gap > O::set(0), big, other), second = O::select(gap > O::set(0), other, big);
+    if constexpr (!known) {
+      const N big = O::exp(O::max(lq, lp)), other = big * small_ratio;  // one exponential for both
+      const auto teacher_first = swap ? gap < O::set(0) : gap > O::set(0);
+      e.p = O::select(teacher_first, big, other);
+      e.q = O::select(teacher_first, other, big);
+    }
+    const N first = swap ? e.q : e.p, second = swap ? e.p : e.q;
     const N log_first = O::min(gap, O::set(0)) - L;      // log(first / m)
     const N log_second = -O::max(gap, O::set(0)) - L;    // log(second / m)
-    e.p = swap ? second : first;
-    e.q = swap ? first : second;
     if constexpr (kind == Kind::js) {
       const N far = b * first * log_first + c * second * log_second;
       const N near = second * (gap * gap) * O::polynomial(gap, k.series);
@@ -104,8 +107,8 @@ KD_INLINE Element<N> divergence_element(N lq, N lp, N d, const KindParameters& k
     }
     return e;
   } else {
-    const N q = O::exp(lq), p = O::exp(lp);
-    e.q = q, e.p = p;
+    if constexpr (!known) e.q = O::exp(lq), e.p = O::exp(lp);
+    const N q = e.q, p = e.p;
     if constexpr (kind == Kind::forward_kl || kind == Kind::dkd) {
       const Kl<N> forward = kl<O>(p, q, d);
       e.term = forward.term;

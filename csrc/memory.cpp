@@ -5,6 +5,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace kdfast {
@@ -42,6 +43,17 @@ void* thread_scratch(int slot, std::size_t bytes) {
     if (!buffer.data) std::abort();
   }
   return buffer.data;
+}
+
+std::int64_t second_level_cache() {
+  static const std::int64_t bytes = [] {
+    long size = 0;
+#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
+    size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return size > 0 ? std::int64_t{size} : std::int64_t{1} << 20;
+  }();
+  return bytes;
 }
 
 }  // namespace kdfast

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace kdfast {
 
@@ -12,5 +13,8 @@ void advise_huge(void* address, std::size_t bytes);
 // At least `bytes` of 64-byte aligned scratch of this thread, kept for the next call on it.
 // `slot` (0..7) separates buffers that live at the same time.
 void* thread_scratch(int slot, std::size_t bytes);
+
+// Bytes of second-level cache of a core (1 MB where the system does not tell).
+std::int64_t second_level_cache();
 
 }  // namespace kdfast

@@ -60,6 +60,7 @@ static void run(const DivergenceCall& call) {
         call.partial_ce[block] = ce;
       }
     }
+    if (call.stream) stream_fence();
   });
 }
 

@@ -36,6 +36,7 @@ struct DivergenceCall {
   double kd_factor = 1, ce_factor = 0, label_smoothing = 0;
   double* partial_kd = nullptr;
   double* partial_ce = nullptr;
+  bool stream = false;                   // the gradient is far larger than the caches
   Status* status = nullptr;
 };
 

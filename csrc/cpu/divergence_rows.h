@@ -38,6 +38,12 @@ template <class T>
 KD_INLINE T* out_block(const Logits& logits, int64_t offset, int64_t start, int n, T* buffer) {
   return in_place<T>(logits, n) ? static_cast<T*>(logits.data) + offset + start : buffer;
 }
+// Whether a block of gradient goes past the caches: the whole is large, it is written in place, aligned, and no single class
+// is corrected afterwards.
+template <class T>
+KD_INLINE bool may_stream(const DivergenceCall& call, const T* out, const T* buffer) {
+  return call.stream && out != buffer && reinterpret_cast<uintptr_t>(out) % KD_VECTOR_BYTES == 0;
+}
 template <class T>
 KD_INLINE void flush(const T* out, const T* buffer, int n, const Logits& logits, int64_t offset, int64_t start) {
   if (out == buffer) store_logits(buffer, n, logits, offset + start * logits.class_stride, logits.class_stride);
@@ -49,7 +55,8 @@ struct LogSum {
   T max = -T(kInf);
   double sum = 0;
 
-  KD_INLINE void add(LogSum& self, const T* x, int n, T inverse_t) {
+  // With `keep`, the exponentials are kept there (relative to the max after this call).
+  KD_INLINE void add(LogSum& self, const T* x, int n, T inverse_t, T* keep = nullptr) {
     constexpr int W = kWidth<T>;
     Vec<T> m0 = splat<T>(-T(kInf)), m1 = m0;
     int i = 0;
@@ -62,6 +69,7 @@ struct LogSum {
     if (block == -T(kInf)) {  // nothing but -inf; a NaN would hide here
       for (int j = 0; j < n; ++j) {
         if (x[j] != x[j]) self.sum = double(x[j]);
+        if (keep) keep[j] = 0;
       }
       return;
     }
@@ -72,17 +80,42 @@ struct LogSum {
     }
     const Vec<T> m = splat<T>(self.max);
     Vec<T> s0 = splat<T>(0), s1 = s0;
-    for (i = 0; i + 2 * W <= n; i += 2 * W) {
-      s0 += vexp_bounded<T>((load(x + i) - m) * inverse_t);
-      s1 += vexp_bounded<T>((load(x + i + W) - m) * inverse_t);
+    if (keep) {
+      for (i = 0; i < n; i += W) {
+        const Vec<T> e = vexp_bounded<T>((load(x + i) - m) * inverse_t);
+        store(keep + i, e);
+        s0 += e;
+      }
+    } else {
+      for (i = 0; i + 2 * W <= n; i += 2 * W) {
+        s0 += vexp_bounded<T>((load(x + i) - m) * inverse_t);
+        s1 += vexp_bounded<T>((load(x + i + W) - m) * inverse_t);
+      }
+      if (i < n) s0 += vexp_bounded<T>((load(x + i) - m) * inverse_t);
     }
-    if (i < n) s0 += vexp_bounded<T>((load(x + i) - m) * inverse_t);
     self.sum += sum_lanes_double<T>(s0 + s1);
   }
   bool bad() const { return !(sum < double(kInf)) || max == T(kInf); }
   bool empty() const { return max == -T(kInf); }
   double log_sum() const { return __builtin_log(sum); }
   double value(T inverse_t) const { return double(max) * double(inverse_t) + log_sum(); }
+};
+
+// Exponentials of a row kept between the passes, where a row and these fit half the second-level cache: [classes] of each
+// model, and per block the max they are relative to. After a sweep that keeps them: q and v.
+template <class T>
+struct Kept {
+  T *first = nullptr, *second = nullptr;
+  T max_first[kKeptBlocks], max_second[kKeptBlocks];
+  double lse = 0, lse_z = 0;
+
+  KD_INLINE void reserve(Kept& self, const DivergenceCall& call) {
+    const int64_t padded = (call.classes + kBlock - 1) / kBlock * kBlock, blocks = padded / kBlock;
+    const int64_t row = call.classes * (kItemSize[int(call.student.dtype)] + kItemSize[int(call.teacher.dtype)]);
+    if (blocks > kKeptBlocks || 2 * (row + 2 * padded * int64_t(sizeof(T))) > second_level_cache()) return;
+    self.first = static_cast<T*>(thread_scratch(0, std::size_t(padded) * sizeof(T)));
+    self.second = static_cast<T*>(thread_scratch(1, std::size_t(padded) * sizeof(T)));
+  }
 };
 
 template <class T>
@@ -93,7 +126,7 @@ struct LogSums {
 };
 
 template <class T>
-static void log_sums(const Row<T>& row, int64_t hole, bool need_raw, bool need_total, LogSums<T>& out) {
+static void log_sums(const Row<T>& row, int64_t hole, bool need_raw, bool need_total, LogSums<T>& out, Kept<T>& kept) {
   const DivergenceCall& call = *row.call;
   alignas(64) T buffer_x[kBlock], buffer_z[kBlock];
   out.has_raw = need_raw && row.inverse_t != T(1);
@@ -102,8 +135,12 @@ static void log_sums(const Row<T>& row, int64_t hole, bool need_raw, bool need_t
     const int padded = (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
     const T* x = block_of(call.student, row.s, start, n, hole, buffer_x);
     const T* z = block_of(call.teacher, row.t, start, n, hole, buffer_z);
-    LogSum<T>::add(out.student, x, padded, row.inverse_t);
-    LogSum<T>::add(out.teacher, z, padded, row.inverse_t);
+    LogSum<T>::add(out.student, x, padded, row.inverse_t, kept.first ? kept.first + start : nullptr);
+    LogSum<T>::add(out.teacher, z, padded, row.inverse_t, kept.second ? kept.second + start : nullptr);
+    if (kept.first) {
+      kept.max_first[start / kBlock] = out.student.max;
+      kept.max_second[start / kBlock] = out.teacher.max;
+    }
     if (out.has_raw) LogSum<T>::add(out.raw, x, padded, T(1));
     if (need_total) {
       for (int i = 0; i < n; ++i) out.total += start + i == hole ? 0.0 : double(x[i]);
@@ -119,12 +156,32 @@ struct Sweep {
   T student_factor = 0, teacher_factor = 0;
   T v_factor = 1;                                          // dkd: the non-target weight
   T ce_factor = 0, ce_max = 0, ce_log = 0, ce_smooth = 0, ce_hot = 0;  // gradient of cross-entropy: ce (q1 - smooth - hot [i = label])
+  bool ce_is_q = false;                                    // at T = 1 cross-entropy's softmax is q itself
   int64_t hole = -1;                                       // dkd's target class; its gradient is `hole_grad`
   T hole_grad = 0;
+  bool keep_v = false;                                     // leave q and v in Kept for finish_row
 };
 
-template <Kind kind, class T>
-static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
+template <class T>
+KD_INLINE Vec<T> cross_entropy_gradient(const Sweep<T>& todo, Vec<T> x, Vec<T> q) {
+  return ((todo.ce_is_q ? q : vexp_bounded<T>((x - todo.ce_max) - todo.ce_log)) - todo.ce_smooth) * todo.ce_factor;
+}
+
+// The single classes of a block's gradient: dkd's target, cross-entropy's label.
+template <class T>
+KD_INLINE void fix_single_classes(const Row<T>& row, const Sweep<T>& todo, T* grad, int64_t start, int n) {
+  if (todo.hole >= start && todo.hole < start + n) grad[todo.hole - start] += todo.hole_grad;
+  if (todo.ce_factor != 0 && row.label >= start && row.label < start + n) grad[row.label - start] -= todo.ce_factor * todo.ce_hot;
+}
+
+// exp of a kept block's max over the row's log-sum-exp: the factor from kept exponentials to probabilities.
+template <class T>
+KD_INLINE T kept_scale(T max, T inverse_t, double lse) {
+  return max == -T(kInf) ? T(0) : T(__builtin_exp(double(max) * double(inverse_t) - lse));
+}
+
+template <Kind kind, class T, bool known>
+static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats, Kept<T>& kept) {
   using O = VectorOps<T>;
   constexpr int W = kWidth<T>;
   const DivergenceCall& call = *row.call;
@@ -143,21 +200,34 @@ static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
     const T* z = block_of(call.teacher, row.t, start, n, todo.hole, buffer_z);
     T* out_gs = todo.grad_student ? out_block(call.grad_student, row.gs, start, n, buffer_gs) : nullptr;
     T* out_gt = todo.grad_teacher ? out_block(call.grad_teacher, row.gt, start, n, buffer_gt) : nullptr;
+    const bool stream_gs = may_stream<T>(call, out_gs, buffer_gs);
     Vec<T> loss_lanes = splat<T>(0), v_lanes = loss_lanes, u_lanes = loss_lanes;
+    const Vec<T> to_q = splat<T>(known ? kept_scale(kept.max_first[start / kBlock], inverse_t, kept.lse) : 0);
+    const Vec<T> to_p = splat<T>(known ? kept_scale(kept.max_second[start / kBlock], inverse_t, kept.lse_z) : 0);
     for (int i = 0; i < n; i += W) {
       const Vec<T> xi = load(x + i), zi = load(z + i);
       const Vec<T> lq = (xi - max_x) * inverse_t - log_x, lp = (zi - max_z) * inverse_t - log_z;
       const Vec<T> d = ((zi - from_z) - (xi - from_x)) * inverse_t - gap;
-      const Element<Vec<T>> e = divergence_element<O, kind>(lq, lp, d, parameters);
+      Element<Vec<T>> e{};
+      if constexpr (known) e.q = load(kept.first + start + i) * to_q, e.p = load(kept.second + start + i) * to_p;
+      e = divergence_element<O, kind, known>(lq, lp, d, parameters, e);
       if (todo.loss) loss_lanes += e.term;
       if (todo.sums) {
         v_lanes += e.v;
         u_lanes += e.u;
       }
+      if (known && todo.keep_v) {
+        store(kept.first + start + i, e.q);
+        store(kept.second + start + i, e.v);
+      }
       if (todo.grad_student) {
         Vec<T> g = (e.v * v_factor - e.q * v_sum) * todo.student_factor;
-        if (todo.ce_factor != 0) g += (vexp_bounded<T>((xi - todo.ce_max) - todo.ce_log) - todo.ce_smooth) * todo.ce_factor;
-        store(out_gs + i, g);
+        if (todo.ce_factor != 0) g += cross_entropy_gradient(todo, xi, e.q);
+        if (stream_gs) {
+          stream<T>(out_gs + i, g);
+        } else {
+          store(out_gs + i, g);
+        }
       }
       if (todo.grad_teacher) store(out_gt + i, (e.u - e.p * u_sum) * todo.teacher_factor);
     }
@@ -167,10 +237,7 @@ static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
       sum_u += sum_lanes_double<T>(u_lanes);
     }
     if (todo.grad_student) {
-      if (todo.hole >= start && todo.hole < start + n) out_gs[todo.hole - start] += todo.hole_grad;
-      if (todo.ce_factor != 0 && row.label >= start && row.label < start + n) {
-        out_gs[row.label - start] -= todo.ce_factor * todo.ce_hot;
-      }
+      fix_single_classes(row, todo, out_gs, start, n);
       flush(out_gs, buffer_gs, n, call.grad_student, row.gs, start);
     }
     if (todo.grad_teacher) flush(out_gt, buffer_gt, n, call.grad_teacher, row.gt, start);
@@ -182,19 +249,51 @@ static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
   return loss;
 }
 
+// The student's gradient from the q and v that a sweep left.
 template <class T>
-static double sweep_kind(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats) {
+static void finish_row(const Row<T>& row, const Sweep<T>& todo, const Stats<T>& stats, const Kept<T>& kept) {
+  const DivergenceCall& call = *row.call;
+  alignas(64) T buffer_x[kBlock], buffer_gs[kBlock];
+  const Vec<T> v_sum = splat<T>(stats.sum_v), v_factor = splat<T>(todo.v_factor);
+  for (int64_t start = 0; start < call.classes; start += kBlock) {
+    const int n = int(call.classes - start < kBlock ? call.classes - start : kBlock);
+    const bool need_x = todo.ce_factor != 0 && !todo.ce_is_q;
+    const T* x = need_x ? block_of(call.student, row.s, start, n, todo.hole, buffer_x) : kept.first + start;
+    T* out = out_block(call.grad_student, row.gs, start, n, buffer_gs);
+    const bool streamed = may_stream<T>(call, out, buffer_gs);
+    for (int i = 0; i < n; i += kWidth<T>) {
+      const Vec<T> q = load(kept.first + start + i), v = load(kept.second + start + i);
+      Vec<T> g = (v * v_factor - q * v_sum) * todo.student_factor;
+      if (todo.ce_factor != 0) g += cross_entropy_gradient(todo, load(x + i), q);
+      if (streamed) {
+        stream<T>(out + i, g);
+      } else {
+        store(out + i, g);
+      }
+    }
+    fix_single_classes(row, todo, out, start, n);
+    flush(out, buffer_gs, n, call.grad_student, row.gs, start);
+  }
+}
+
+template <Kind kind, class T>
+KD_INLINE double sweep_either(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats, Kept<T>& kept) {
+  return kept.first ? sweep<kind, T, true>(row, todo, stats, kept) : sweep<kind, T, false>(row, todo, stats, kept);
+}
+
+template <class T>
+static double sweep_kind(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats, Kept<T>& kept) {
   switch (row.call->kind) {
     case Kind::forward_kl:
-    case Kind::dkd: return sweep<Kind::forward_kl, T>(row, todo, stats);
-    case Kind::reverse_kl: return sweep<Kind::reverse_kl, T>(row, todo, stats);
-    case Kind::jeffreys: return sweep<Kind::jeffreys, T>(row, todo, stats);
-    case Kind::js: return sweep<Kind::js, T>(row, todo, stats);
-    case Kind::skew_forward_kl: return sweep<Kind::skew_forward_kl, T>(row, todo, stats);
-    case Kind::skew_reverse_kl: return sweep<Kind::skew_reverse_kl, T>(row, todo, stats);
-    case Kind::tvd: return sweep<Kind::tvd, T>(row, todo, stats);
-    case Kind::alpha: return sweep<Kind::alpha, T>(row, todo, stats);
-    case Kind::binary: return sweep<Kind::binary, T>(row, todo, stats);
+    case Kind::dkd: return sweep_either<Kind::forward_kl, T>(row, todo, stats, kept);
+    case Kind::reverse_kl: return sweep_either<Kind::reverse_kl, T>(row, todo, stats, kept);
+    case Kind::jeffreys: return sweep_either<Kind::jeffreys, T>(row, todo, stats, kept);
+    case Kind::js: return sweep_either<Kind::js, T>(row, todo, stats, kept);
+    case Kind::skew_forward_kl: return sweep_either<Kind::skew_forward_kl, T>(row, todo, stats, kept);
+    case Kind::skew_reverse_kl: return sweep_either<Kind::skew_reverse_kl, T>(row, todo, stats, kept);
+    case Kind::tvd: return sweep_either<Kind::tvd, T>(row, todo, stats, kept);
+    case Kind::alpha: return sweep_either<Kind::alpha, T>(row, todo, stats, kept);
+    case Kind::binary: return sweep<Kind::binary, T, false>(row, todo, stats, kept);
   }
   return 0;
 }
@@ -214,24 +313,24 @@ struct Prepared {
   double extra_loss = 0;               // dkd: the target term
   double v_factor = 1, hole_grad = 0;  // dkd
   double ce = 0, ce_lse = 0, ce_max = 0;  // loss of cross-entropy; its log-sum-exp and largest logit
+  bool ce_is_q = false;
+  Kept<T> kept;
+};
+
+// The number type of divergence_terms.h for single values.
+struct ScalarOps {
+  using N = double;
+  KD_INLINE N set(double value) { return value; }
+  KD_INLINE N select(bool mask, N a, N b) { return mask ? a : b; }
+  KD_INLINE N abs(N a) { return __builtin_fabs(a); }
+  KD_INLINE N phi_series(N x) { return VectorOps<double>::phi_series(splat(x))[0]; }
 };
 
 // KL of two coins whose logs are known on both sides.
 KD_INLINE double coin_kl(double log_p1, double log_p0, double log_q1, double log_q0) {
   const double p1 = __builtin_exp(log_p1), p0 = __builtin_exp(log_p0);
   const double q1 = __builtin_exp(log_q1), q0 = __builtin_exp(log_q0);
-  double total = 0;
-  const double p[2] = {p1, p0}, q[2] = {q1, q0}, d[2] = {log_p1 - log_q1, log_p0 - log_q0};
-  for (int i = 0; i < 2; ++i) {
-    if (!(p[i] > 0)) {
-      total += q[i];
-    } else {
-      const double near = p[i] * (d[i] + __builtin_expm1(-d[i])), far = p[i] * d[i] + (q[i] - p[i]);
-      const double term = d[i] < 0.5 && d[i] > -0.5 ? near : far;
-      total += term > 0 ? term : term == term ? 0 : term;
-    }
-  }
-  return total;
+  return kl<ScalarOps>(p1, q1, log_p1 - log_q1).term + kl<ScalarOps>(p0, q0, log_p0 - log_q0).term;
 }
 
 // log(1 / (1 + e^-x)); e^-x itself overflows from x = -710 on.
@@ -278,9 +377,12 @@ static bool prepare(const Row<T>& row, bool cross_entropy, Prepared<T>& out) {
   const DivergenceCall& call = *row.call;
   const bool dkd = call.kind == Kind::dkd;
   LogSums<T> sums;
-  log_sums(row, dkd ? row.label : -1, cross_entropy, cross_entropy && call.label_smoothing != 0, sums);
+  if (call.kind != Kind::binary) Kept<T>::reserve(out.kept, call);
+  log_sums(row, dkd ? row.label : -1, cross_entropy, cross_entropy && call.label_smoothing != 0, sums, out.kept);
   if (sums.student.bad()) return call.status->report(row.index, Bad::student), false;
   if (sums.teacher.bad()) return call.status->report(row.index, Bad::teacher), false;
+  out.kept.lse = sums.student.value(row.inverse_t);
+  out.kept.lse_z = sums.teacher.value(row.inverse_t);
   if (dkd) {
     const double x = class_value<T>(call.student, row.s, row.label), z = class_value<T>(call.teacher, row.t, row.label);
     if (!(x < double(kInf))) return call.status->report(row.index, Bad::student), false;
@@ -296,6 +398,7 @@ static bool prepare(const Row<T>& row, bool cross_entropy, Prepared<T>& out) {
     const double x = class_value<T>(call.student, row.s, row.label);
     out.ce_lse = sums.has_raw ? sums.raw.value(T(1)) : sums.student.value(T(1));
     out.ce_max = sums.student.empty() ? 0 : double(sums.student.max);
+    out.ce_is_q = !sums.has_raw && !dkd && call.kind != Kind::binary;
     if (dkd) {  // the target was left out of the sum
       const double high = out.ce_lse > x ? out.ce_lse : x, low = out.ce_lse > x ? x : out.ce_lse;
       out.ce_lse = high + (low == -__builtin_inf() ? 0 : __builtin_log1p(__builtin_exp(low - high)));
@@ -361,7 +464,7 @@ static void forward_row(const DivergenceCall& call, int64_t index) {
   todo.sums = !is_closed(call.kind) || call.kind == Kind::forward_kl;  // forward KL: sum u, for a teacher's gradient
   todo.hole = call.kind == Kind::dkd ? row.label : -1;
   Stats<T> s = prepared.stats;
-  const double swept = sweep_kind(row, todo, s);
+  const double swept = sweep_kind(row, todo, s, prepared.kept);
   if (call.kind == Kind::forward_kl) s.sum_v = 0;
   rows[index] = T(call.parameters.scale * (prepared.extra_loss + (prepared.v_factor == 0 ? 0 : prepared.v_factor * swept)));
   const T kept[kStats] = {s.max_x, s.log_x, s.max_z, s.log_z, s.gap, s.sum_v, s.sum_u};
@@ -387,7 +490,8 @@ static void backward_row(const DivergenceCall& call, int64_t index) {
     todo.v_factor = s.sum_u;  // as prepare_dkd left them
     todo.hole_grad = s.sum_v * todo.student_factor;
   }
-  sweep_kind(row, todo, s);
+  Kept<T> none;
+  sweep_kind(row, todo, s, none);
   zero_gradients(row, call.classes);
 }
 
@@ -411,7 +515,8 @@ static void sum_row(const DivergenceCall& call, int64_t index, double& kd, doubl
   const bool closed = is_closed(call.kind) && (!gt || call.kind == Kind::binary);
   if (!closed) {
     todo.sums = gs || gt;
-    swept = sweep_kind(row, todo, s);
+    todo.keep_v = gs && !gt && prepared.kept.first;
+    swept = sweep_kind(row, todo, s, prepared.kept);
     if (call.kind == Kind::forward_kl) s.sum_v = 0;
     todo.sums = todo.loss = false;
   }
@@ -428,6 +533,7 @@ static void sum_row(const DivergenceCall& call, int64_t index, double& kd, doubl
       todo.ce_factor = T(call.ce_factor * weight);
       todo.ce_max = T(prepared.ce_max);
       todo.ce_log = T(prepared.ce_lse - prepared.ce_max);
+      todo.ce_is_q = prepared.ce_is_q;
       todo.ce_smooth = T(call.label_smoothing / double(call.classes));
       todo.ce_hot = T(1 - call.label_smoothing);
       if (dkd) {  // the hole reads as -inf, so its share of softmax is added here
@@ -435,8 +541,12 @@ static void sum_row(const DivergenceCall& call, int64_t index, double& kd, doubl
         todo.hole_grad += T(call.ce_factor * weight * q1);
       }
     }
-    const double loss = sweep_kind(row, todo, s);
-    if (closed) swept = loss;
+    if (todo.keep_v) {
+      finish_row(row, todo, s, prepared.kept);
+    } else {
+      const double loss = sweep_kind(row, todo, s, prepared.kept);
+      if (closed) swept = loss;
+    }
     zero_gradients(row, call.classes);
   }
   if (!call.zero) kd += weight * call.parameters.scale * (prepared.extra_loss + (prepared.v_factor == 0 ? 0 : prepared.v_factor * swept));

@@ -62,21 +62,14 @@ static inline void store_logits(const T* in, int64_t n, const Logits& logits, in
 // would otherwise be read before they are written. End with stream_fence before another thread may read.
 template <class T>
 static inline void stream_logits(const T* in, int64_t n, const Logits& logits, int64_t offset, int64_t stride) {
-#if defined(__AVX512F__) || defined(__AVX2__)
   constexpr int W = kWidth<T>;
   T* out = static_cast<T*>(logits.data) + offset;
   const bool native = logits.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
   if (native && stride == 1 && n % W == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Vec<T>) == 0) {
-    for (int64_t i = 0; i < n; i += W) stream(out + i, load(in + i));
+    for (int64_t i = 0; i < n; i += W) stream<T>(out + i, load(in + i));
     return;
   }
-#endif
   store_logits(in, n, logits, offset, stride);
-}
-KD_INLINE void stream_fence() {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  _mm_sfence();
-#endif
 }
 
 template <class T>

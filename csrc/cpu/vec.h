@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -72,13 +72,23 @@ KD_INLINE void store(T* address, Vec<T> v) {
   std::memcpy(address, &v, sizeof v);
 }
 
+// A store past the caches, for outputs far larger than them: the line is not read first. `address` is vector-aligned, and
+// stream_fence orders the stores before the thread hands its work over.
+template <class T>
+KD_INLINE void stream(T* address, Vec<T> v) {
 #if defined(__AVX512F__)
-KD_INLINE void stream(float* address, Vec<float> v) { _mm512_stream_ps(address, (__m512)v); }
-KD_INLINE void stream(double* address, Vec<double> v) { _mm512_stream_pd(address, (__m512d)v); }
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(address), (__m512i)v);
 #elif defined(__AVX2__)
-KD_INLINE void stream(float* address, Vec<float> v) { _mm256_stream_ps(address, (__m256)v); }
-KD_INLINE void stream(double* address, Vec<double> v) { _mm256_stream_pd(address, (__m256d)v); }
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(address), (__m256i)v);
+#else
+  store(address, v);
 #endif
+}
+KD_INLINE void stream_fence() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 template <class T>
 KD_INLINE IVec<T> bits_of(Vec<T> v) {
