@@ -8,6 +8,7 @@ parameters of each arm.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def shared_experts(paths: Tensor) -> list[float]:
 def sentence(name: str, found: list[list[float]]) -> str:
     """From the numbers: whether the share falls from band to band, in the mean over the seeds."""
     mean = [sum(column) / len(column) for column in zip(*found)]
-    falls = all(a > b for a, b in zip(mean, mean[1:]))
+    falls = all(a > b for a, b in itertools.pairwise(mean))
     shares = ", ".join(f"{100 * m:.0f}" for m in mean)
     return (
         f"{name}: two timesteps share {shares} % of their experts at growing distance (n = {len(found)}): "
