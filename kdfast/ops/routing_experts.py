@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor
 from kdfast._library import compute_dtype, first_derivative_only, lib
 from kdfast.ops.routing_plan import (
@@ -106,6 +107,14 @@ def _mlp_gradients(x, w1, b1, w2, b2, w3, weights, needs):
     return tuple(x.new_empty(0) if t is None else _like(t, need) for t, need in zip(inputs, needs))
 
 
+def _fresh(*buffers: Tensor) -> None:
+    """Huge pages for large buffers that are about to be written for the first time: fewer page faults."""
+    assert _core.core is not None
+    for buffer in buffers:
+        if buffer.numel():
+            _core.core.advise_huge(buffer.data_ptr(), buffer.numel() * buffer.element_size())
+
+
 def _segments(offsets: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first row, end row) of every expert that has rows."""
     ends = offsets.tolist()
@@ -161,6 +170,7 @@ def _routing_mlp_cpu(x, order, inverse, offsets, w1, b1, w2, b2, w3, weights, ac
     saved = x.new_empty((slots, hidden))  # pre-activation (relu: the activation, which says the same)
     saved_gate = x.new_empty((slots, hidden) if w3 is not None else 0)
     out = x.new_empty((slots, width))
+    _fresh(saved, saved_gate, out)
     segments = _segments(offsets)
     scratch = x.new_empty((max((end - begin for _, begin, end in segments), default=0), x.shape[1]))
     for e, begin, end in segments:
@@ -199,6 +209,7 @@ def _routing_mlp_backward_cpu(
 ):
     grads = _mlp_gradients(x, w1, b1, w2, b2, w3, weights, needs)
     grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, grad_weights = grads
+    _fresh(grad_w1, grad_w2, grad_w3)
     need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_weights = needs
     x, grad, k = x.contiguous(), grad.to(x.dtype).contiguous(), inverse.shape[1]
     segments = _segments(offsets)
