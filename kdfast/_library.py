@@ -89,14 +89,15 @@ class _Refuse(torch.autograd.Function):
         raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
-def scale_gradient(grad: Tensor, upstream: Tensor) -> Tensor:
+def scale_gradient(grad: Tensor, upstream: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A stored final gradient times the upstream factor, never in place: with retain_graph the buffer is used again.
 
-    On the CPU a factor of exactly 1 (the usual case) costs nothing. The factor is rounded to the gradient's dtype last.
+    On the CPU a factor of exactly 1 (the usual case) costs nothing. The result is rounded to `dtype` (else grad's) last.
     """
+    dtype = dtype or grad.dtype
     if readable(upstream) and upstream.item() == 1.0:
-        return grad
-    return grad * upstream.to(grad.dtype) if grad.dtype == torch.float64 else (grad * upstream).to(grad.dtype)
+        return grad.to(dtype)
+    return grad * upstream.to(dtype) if grad.dtype == torch.float64 else (grad * upstream).to(dtype)
 
 
 def readable(tensor: Tensor) -> bool:
@@ -125,6 +126,15 @@ def operand(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
 def contiguous(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Per-row tensors are small next to the logits; the core reads them flat in one dtype."""
     return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def final_gradient_like(tensor: Tensor, needed: bool) -> Tensor:
+    """The buffer of a gradient that is stored before the upstream factor is known: float32 for float16, where a mean over many
+    rows underflows until a loss scaler's factor comes.
+    """
+    if needed and tensor.dtype == torch.float16:
+        return torch.empty_like(tensor, dtype=torch.float32)
+    return gradient_like(tensor, needed)
 
 
 def gradient_like(tensor: Tensor, needed: bool) -> Tensor:

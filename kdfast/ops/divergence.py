@@ -51,6 +51,7 @@ from kdfast._library import (
     address,
     compute_dtype,
     contiguous,
+    final_gradient_like,
     first_derivative_only,
     gradient_like,
     lib,
@@ -226,8 +227,8 @@ def _(student, teacher, labels, row_temperature, row_weight, kind, a, b, tempera
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty(2, dtype=dtype),
-        gradient_like(student, need_student),
-        gradient_like(teacher, need_teacher),
+        final_gradient_like(student, need_student),
+        final_gradient_like(teacher, need_teacher),
     )
 
 
@@ -267,7 +268,7 @@ def _divergence_sum_cpu(student, teacher, labels, row_temperature, row_weight, k
                         kd_factor, ce_factor, label_smoothing, need_student, need_teacher):  # fmt: skip
     dtype = compute_dtype(student, teacher)
     loss, parts = torch.empty((), dtype=dtype), torch.empty(2, dtype=dtype)
-    grad_student, grad_teacher = gradient_like(student, need_student), gradient_like(teacher, need_teacher)
+    grad_student, grad_teacher = final_gradient_like(student, need_student), final_gradient_like(teacher, need_teacher)
     labels, row_temperature, row_weight = (
         contiguous(labels, torch.int64),
         contiguous(row_temperature, dtype),
@@ -322,6 +323,7 @@ class _Sum(torch.autograd.Function):
             student, teacher, labels, row_temperature, row_weight, *options, need_student, need_teacher
         )
         ctx.save_for_backward(grad_student, grad_teacher)
+        ctx.dtypes = student.dtype, teacher.dtype
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
@@ -331,8 +333,8 @@ class _Sum(torch.autograd.Function):
         need_student, need_teacher = ctx.needs_input_grad[:2]
         grad_student, grad_teacher = ctx.saved_tensors
         return (
-            scale_gradient(grad_student, grad_loss) if need_student else None,
-            scale_gradient(grad_teacher, grad_loss) if need_teacher else None,
+            scale_gradient(grad_student, grad_loss, ctx.dtypes[0]) if need_student else None,
+            scale_gradient(grad_teacher, grad_loss, ctx.dtypes[1]) if need_teacher else None,
             None, None, None, None,
         )  # fmt: skip
 

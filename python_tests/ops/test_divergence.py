@@ -690,3 +690,24 @@ def test_a_gradient_larger_than_the_caches(kind, backend):
     (want,) = torch.autograd.grad((rows * torch.linspace(0.0, 1.0, 264)[-3:]).sum(), student)
     torch.testing.assert_close(grad[-3:], want[-3:], rtol=1e-5, atol=1e-9)
     assert grad[1:].abs().amax(-1).min() > 0 and torch.equal(grad[0], torch.zeros(32064))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_float16_gradients_survive_until_the_loss_scaler_speaks(backend):
+    """A mean over many rows is below float16's smallest number; a GradScaler's factor lifts it, if nobody rounded before."""
+    student, teacher = logits(16, 64, dtype=torch.float16)
+    weight = torch.full((16,), 1e-9)
+    for entry in ("sum", "rows"):
+        options = dict(kind="js", backend=backend)
+        if entry == "sum":
+            loss = divergence(student, teacher, **options, row_weight=weight)
+        else:
+            loss = (divergence(student, teacher, **options) * weight).sum()
+        (grad,) = torch.autograd.grad(loss * 2.0**24, student)
+        wide = student.detach().float().requires_grad_()
+        (want,) = torch.autograd.grad(
+            (divergence(wide, teacher.float(), kind="js", backend=backend) * weight).sum() * 2.0**24, wide
+        )
+        assert grad.dtype == torch.float16
+        torch.testing.assert_close(grad.float(), want, rtol=1e-3, atol=1e-7)
+        assert want.abs().max() > 1e-5
