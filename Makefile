@@ -23,9 +23,9 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 demo: $(READY)
 	$(BIN)/kdfast distill --data digits --method sinkd --seeds 5 --out runs/demo $(DEMO)
 
-# The whole suite, on the compiled core. ARGS: more for pytest, `make test ARGS="-k sinkhorn"`.
+# The whole suite, on the compiled core; as a module, so that the tests see benchmarks/. ARGS: more for pytest, `make test ARGS="-k sinkhorn"`.
 test: $(READY)
-	KDFAST_EXPECT_CORE=1 $(BIN)/pytest -q $(ARGS)
+	KDFAST_EXPECT_CORE=1 $(BIN)/python -m pytest -q $(ARGS)
 
 # The tests of the ops on every instruction set below the best one, which `make test` ran; never above the machine's.
 test-isa: $(READY)

@@ -8,6 +8,7 @@ import torch
 from modes import MODES, check_mode
 from tolerances import check_against_reference
 
+import kdfast
 import kdfast.losses.sinkhorn as module
 from kdfast.losses import SinkhornDivergence, SinkhornKDLoss, sinkhorn_divergence, sinkhorn_kd_loss
 
@@ -276,6 +277,7 @@ FUSED = [
 ]
 
 
+@pytest.mark.skipif(not kdfast.backend_info()["compiled"], reason="no compiled core")
 @pytest.mark.parametrize("options", FUSED, ids=str)
 @pytest.mark.parametrize("shape", [(2, 2), (16, 3), (5, 1000), (3, 7, 4), (2, 2, 6, 5), (140, 9)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
