@@ -6,10 +6,15 @@ HYPOTHESIS_PROFILE=nightly pytest python_tests/ops        1e5 examples per prope
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Some tests run the repository's benchmarks and experiments. At the end of the path: an installed kdfast goes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors])
 settings.register_profile("dev", max_examples=50, **COMMON)

@@ -267,6 +267,7 @@ def test_divergence_bad_input(change, message):
 
 
 # ---------------------------------------------------------------- the fused op
+needs_core = pytest.mark.skipif(not kdfast.backend_info()["compiled"], reason="no compiled core")
 FUSED = [
     {},
     {"p": 2},
@@ -277,7 +278,7 @@ FUSED = [
 ]
 
 
-@pytest.mark.skipif(not kdfast.backend_info()["compiled"], reason="no compiled core")
+@needs_core
 @pytest.mark.parametrize("options", FUSED, ids=str)
 @pytest.mark.parametrize("shape", [(2, 2), (16, 3), (5, 1000), (3, 7, 4), (2, 2, 6, 5), (140, 9)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -293,6 +294,7 @@ def test_fused_within_the_budget_of_the_reference(dtype, shape, options):
     check_against_reference(loss("cpu"), loss("reference"), inputs, floor=floor)
 
 
+@needs_core
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_half_precision_strided_and_masked(dtype):
     student, teacher = logits(2, 24, 12, dtype=dtype)
@@ -307,6 +309,7 @@ def test_fused_half_precision_strided_and_masked(dtype):
     check_against_reference(loss("cpu"), loss("reference"), (student, teacher), floor=floor)
 
 
+@needs_core
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_modes(mode, reduction):
@@ -320,6 +323,7 @@ def test_modes(mode, reduction):
     check_mode(mode, loss, (student, teacher, mask))
 
 
+@needs_core
 def test_upstream_factor_and_bits():
     student, teacher = logits(64, 200, dtype=torch.float32)
     before = torch.get_num_threads()
@@ -346,6 +350,7 @@ def test_empty_batch_of_problems():
     assert loss.item() == 0 and student.grad.shape == (0, 4, 3)
 
 
+@needs_core
 @pytest.mark.parametrize("which", ["student", "teacher"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_values_on_the_cpu(which, value):
