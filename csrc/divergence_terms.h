@@ -19,7 +19,7 @@ enum class Kind : int {
   forward_kl, reverse_kl, jeffreys, js, skew_forward_kl, skew_reverse_kl, tvd, alpha, dkd, binary
 };
 
-// What the terms need beside the logs; made once per call by divergence_parameters (bindings).
+// What the terms need beside the logs; made once per call by set_kind (bind_divergence.cpp).
 struct KindParameters {
   double beta = 0;          // mixture weight, or the order of alpha
   double small = 0;         // |d| below this: the term is its power series

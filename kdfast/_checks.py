@@ -50,6 +50,8 @@ def check_number(
 
 def check_dim(tensor: Tensor, dim: int) -> int:
     """The class axis, counted from the front."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim: expected an int, got {type(dim).__name__}")
     if not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(f"dim: expected an axis of a {tensor.dim()}-dimensional tensor, got {dim}")
     return dim % tensor.dim()

@@ -1,4 +1,4 @@
-// Divergences over rows of logits: the calls bindings.cpp makes. Formulas: csrc/divergence_terms.h.
+// Divergences over rows of logits: the calls bind_divergence.cpp makes. Formulas: csrc/divergence_terms.h.
 #pragma once
 
 #include "isa.h"

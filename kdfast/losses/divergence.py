@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from kdfast._checks import check_choice, check_dim, check_float_tensor, check_labels, check_number, check_row_tensor
-from kdfast._library import compute_dtype
 from kdfast.losses.module import LossModule, LossOutput
 from kdfast.ops.divergence import cross_entropy_rows, divergence, divergence_total
 
@@ -47,17 +46,22 @@ def divergence_loss(
     >>> divergence_loss(student, teacher, kind="js", beta=0.5, mask=labels != -100)
     """
     check_choice("reduction", reduction, REDUCTIONS)
+    if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature, low=0.0, open_low=True)  # before it is squared
     teacher = teaching(teacher, teacher_grad)
     if reduction == "none" or isinstance(temperature, Tensor):
+        if kind == "dkd" and mask is not None and isinstance(labels, Tensor):
+            check_mask(mask, labels.shape, labels.device)
+            labels = torch.where(mask, labels, 0)  # a masked row's label may be anything
         rows = divergence(
             student, teacher, kind=kind, beta=beta, temperature=temperature, labels=labels, vocab_size=vocab_size, dim=dim,
             backend=backend,
         )  # fmt: skip
         if scale_t2:
-            rows = rows * temperature**2
+            t = temperature.to(rows.dtype) if isinstance(temperature, Tensor) else temperature
+            rows = rows * t**2
         return reduce_rows(rows, mask, weight, reduction)
     row_weight, divisor = row_weights(student, mask, weight, dim, reduction)
-    check_number("temperature", temperature, low=0.0, open_low=True)
     loss, _ = divergence_total(
         student, teacher, kind=kind, beta=beta, temperature=temperature, labels=labels, vocab_size=vocab_size,
         row_weight=row_weight, kd_factor=(temperature**2 if scale_t2 else 1.0) / divisor, dim=dim, backend=backend,
@@ -166,10 +170,14 @@ def distillation_loss(
     check_number("ce_weight", ce_weight)
     check_number("kd_weight", kd_weight)
     check_number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature, low=0.0, open_low=True)  # before it is squared
     check_labels(labels, row_shape(student, dim), student.device)
     teacher = teaching(teacher, teacher_grad)
-    keep = labels != ignore_index
-    keep = keep if mask is None else keep & mask
+    keep = labels.long() != ignore_index  # a narrow label type would wrap it: uint8 156 == -100
+    if mask is not None:
+        check_mask(mask, labels.shape, labels.device)
+        keep = keep & mask
     if reduction == "none" or isinstance(temperature, Tensor):
         classes = vocab_size or student.shape[dim]
         kd = divergence_loss(
@@ -182,7 +190,9 @@ def distillation_loss(
         ce = reduce_rows(
             cross_entropy_rows(student, labels, keep, classes, dim, label_smoothing), keep, weight, reduction
         )
-        return LossOutput(ce_weight * ce + kd_weight * kd, {"ce": ce.detach(), "kd": kd.detach()})
+        # a term of weight 0 is left out: 0 times an infinite divergence is not 0
+        total = sum((w * term for w, term in ((ce_weight, ce), (kd_weight, kd)) if w != 0), start=torch.zeros_like(ce))
+        return LossOutput(total, {"ce": ce.detach(), "kd": kd.detach()})
     t2 = temperature**2 if scale_t2 else 1.0
     row_weight, divisor = row_weights(student, keep, weight, dim, reduction)
     loss, parts = divergence_total(
@@ -218,10 +228,11 @@ def row_weights(
             check_row_tensor("weight", weight, shape, student.device)
         return weight, float(rows) if reduction == "mean" else 1.0
     check_mask(mask, shape, student.device)
-    kept = mask.to(compute_dtype(student))  # 1 / count in float32 would cost a float64 loss half its digits
+    # 1 / count in float32 would cost a float64 loss half its digits, in a weight's own half or integer type everything
+    kept = mask.to(torch.float32 if mask.device.type == "mps" else torch.float64)
     if weight is not None:
         check_row_tensor("weight", weight, shape, student.device)
-        kept = torch.where(mask, weight, 0.0)  # a masked row's weight may be anything
+        kept = torch.where(mask, weight.to(kept.dtype), 0.0)  # a masked row's weight may be anything
     if reduction == "mean":
         kept = kept / mask.sum().clamp_min(1)
     return kept, 1.0

@@ -47,13 +47,16 @@ class LossModule(nn.Module):
             )
         self.options: dict[str, Any] = {}
         for name, value in options.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)  # a learned option stays learned
+            elif isinstance(value, Tensor):
                 self.register_buffer(name, value)
             else:
                 self.options[name] = value
 
     def forward(self, *tensors: Any, **call_options: Any) -> Any:
-        bound = {**self.options, **dict(self.named_buffers(recurse=False)), **call_options}
+        tensors_bound = {**dict(self.named_buffers(recurse=False)), **dict(self.named_parameters(recurse=False))}
+        bound = {**self.options, **tensors_bound, **call_options}
         return type(self).function(*tensors, **bound)
 
     def extra_repr(self) -> str:

@@ -100,7 +100,7 @@ def sinkd_total(
             student, teacher, labels, temperature=kd_temperature, scale_t2=False, ce_weight=1 - alpha, kd_weight=alpha,
             ignore_index=ignore_index, dim=dim,
         )  # fmt: skip
-        keep = labels != ignore_index
+        keep = labels.long() != ignore_index
         entropy = _entropy(teacher, keep, kd_temperature, dim)  # KL + H(teacher) is the cross-entropy form
         loss, parts = loss + alpha * entropy, parts | {"kd": parts["kd"] + entropy}
     s, t = student.movedim(dim, -1), teacher.movedim(dim, -1)  # [..., C]

@@ -14,5 +14,5 @@ def accuracy(predictions: Tensor, labels: Tensor, *, ignore_index: int = -100) -
     """
     if predictions.shape != labels.shape:
         raise ValueError(f"labels: expected shape {tuple(predictions.shape)}, got {tuple(labels.shape)}")
-    keep = labels != ignore_index
+    keep = labels.long() != ignore_index
     return int(((predictions == labels) & keep).sum()) / max(1, int(keep.sum()))

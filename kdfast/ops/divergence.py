@@ -56,6 +56,7 @@ from kdfast._library import (
     gradient_like,
     lib,
     operand,
+    readable,
     scale_gradient,
     transforms_active,
 )
@@ -85,6 +86,8 @@ def divergence_reference(
     x = student.movedim(dim, -1)[..., :classes].to(dtype) * inverse  # [..., C]
     z = teacher.movedim(dim, -1)[..., :classes].to(dtype) * inverse
     ignored = (x == -math.inf).all(-1) | (z == -math.inf).all(-1)  # [...]
+    if row_weight is not None and not row_weight.requires_grad:
+        ignored = ignored | (row_weight == 0)  # not read, as in the kernels
     x = torch.where(ignored.unsqueeze(-1), 0.0, x)
     z = torch.where(ignored.unsqueeze(-1), 0.0, z)
     if kind == "binary":
@@ -454,17 +457,22 @@ def divergence_total(
         target = labels if kind == "dkd" else None
         if target is not None and row_weight is not None:
             target = torch.where(row_weight != 0, target, 0)
+        weight = (
+            student.new_ones(_row_shape(student, dim), dtype=compute_dtype(student, teacher))
+            if row_weight is None
+            else row_weight.to(compute_dtype(student, teacher))
+        )
         kd = divergence(
-            student, teacher, kind=kind, beta=beta, temperature=temperature, labels=target, vocab_size=classes, dim=dim,
-            backend=backend,
+            student, teacher, kind=kind, beta=beta, temperature=temperature, labels=target, vocab_size=classes,
+            row_weight=weight, dim=dim, backend=backend,
         )  # fmt: skip
-        weight = torch.ones_like(kd) if row_weight is None else row_weight.to(kd.dtype)
-        kd = (kd * weight).sum()
         ce = torch.zeros_like(kd)
         if ce_factor != 0:
             assert labels is not None
             ce = (cross_entropy_rows(student, labels, weight != 0, classes, dim, label_smoothing) * weight).sum()
-        return kd_factor * kd + ce_factor * ce, torch.stack((kd, ce)).detach()
+        # a term of factor 0 is left out: 0 times an infinite divergence is not 0
+        loss = sum((f * term for f, term in ((kd_factor, kd), (ce_factor, ce)) if f != 0), start=torch.zeros_like(kd))
+        return loss, torch.stack((kd, ce)).detach()
     number, rows_t = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
     options = (kind, a, b, number, classes, dim, kd_factor, ce_factor, label_smoothing)
     return _apply_sum(student, teacher, labels, rows_t, row_weight, options)
@@ -475,6 +483,8 @@ def cross_entropy_rows(
 ) -> Tensor:
     """Cross-entropy at temperature 1 of each kept row, 0 for the others, whose labels may be anything."""
     logits = student.movedim(dim, -1)[..., :classes].to(compute_dtype(student))
+    keep = keep & ~(logits == -math.inf).all(-1)  # a row of only -inf is ignored, as in the fused pass
+    logits = torch.where(keep.unsqueeze(-1), logits, 0.0)
     safe = torch.where(keep, labels.long(), 0)
     rows = F.cross_entropy(
         logits.reshape(-1, classes), safe.reshape(-1), reduction="none", label_smoothing=label_smoothing
@@ -516,8 +526,8 @@ def _check(student, teacher, kind, beta, temperature, labels, vocab_size, row_we
     a, b = _check_kind(kind, beta)
     if isinstance(temperature, Tensor):
         check_row_tensor("temperature", temperature, torch.Size(_row_shape(student, dim)), student.device)
-        if debugging() and not bool((temperature > 0).all()):
-            raise ValueError("temperature: expected positive values, got one that is not")
+        if (debugging() or readable(temperature)) and not bool(((temperature > 0) & (temperature < math.inf)).all()):
+            raise ValueError("temperature: expected positive finite values, got one that is not")
     else:
         check_number("temperature", temperature, low=0.0, open_low=True)
     if kind == "dkd" or ce:
@@ -552,6 +562,8 @@ def _choose(student, teacher, temperature, labels, row_weight, kind, backend) ->
             return why
         if student.device.type not in ("cpu", "meta"):
             return f"the tensors are on {student.device}"
+        if student.dim() > 9:
+            return f"the core takes at most 9 dimensions, got {student.dim()}"
         if isinstance(temperature, Tensor) and temperature.requires_grad:
             return "a gradient for temperature comes from the reference only"
         if row_weight is not None and row_weight.requires_grad:

@@ -22,8 +22,8 @@ from kdfast._library import (
     address,
     compute_dtype,
     contiguous,
+    final_gradient_like,
     first_derivative_only,
-    gradient_like,
     lib,
     operand,
     scale_gradient,
@@ -86,8 +86,8 @@ def _(student, teacher, mask, temperature, epsilon, n_iters, p, rows_first, scal
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty(student.shape[:-2], dtype=dtype),
-        gradient_like(student, need_student),
-        gradient_like(teacher, need_teacher),
+        final_gradient_like(student, need_student),
+        final_gradient_like(teacher, need_teacher),
     )
 
 
@@ -95,7 +95,7 @@ def _(student, teacher, mask, temperature, epsilon, n_iters, p, rows_first, scal
 def _sinkhorn_kd_cpu(student, teacher, mask, temperature, epsilon, n_iters, p, rows_first, scale, mean, need_student, need_teacher):  # fmt: skip
     dtype = compute_dtype(student, teacher)
     loss, rows = torch.empty((), dtype=dtype), torch.empty(student.shape[:-2], dtype=dtype)
-    grads = gradient_like(student, need_student), gradient_like(teacher, need_teacher)
+    grads = final_gradient_like(student, need_student), final_gradient_like(teacher, need_teacher)
     mask = contiguous(mask, torch.bool)
     batch = student.shape[0] if student.dim() == 3 else 1
     sizes = (batch, student.shape[-2], teacher.shape[-2], student.shape[-1])
@@ -124,19 +124,22 @@ class _SinkhornKD(torch.autograd.Function):
         need_student, need_teacher = ctx.needs_input_grad[:2]
         loss, rows, grad_student, grad_teacher = _op(student, teacher, mask, *options, need_student, need_teacher)
         ctx.save_for_backward(grad_student, grad_teacher)
-        ctx.single = single
+        ctx.single, ctx.dtypes = single, (student.dtype, teacher.dtype)
         return loss if single else rows
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, upstream):
-        def scaled(grad: Tensor) -> Tensor:
+        def scaled(grad: Tensor, dtype: torch.dtype) -> Tensor:
             if ctx.single:
-                return scale_gradient(grad, upstream)
+                return scale_gradient(grad, upstream, dtype)
             factor = upstream.unsqueeze(-1).unsqueeze(-1)
-            return (grad * factor).to(grad.dtype)
+            return (grad * factor).to(dtype)
 
-        grads = (scaled(g) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False))
+        grads = (
+            scaled(g, d) if need else None
+            for g, d, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        )
         return *grads, None, None, None
 
 

@@ -218,16 +218,23 @@ class Distiller:
     def evaluate(self, loader: DataLoader, model: nn.Module | None = None) -> dict[str, float]:
         """The metrics of the student (or another model) over a loader, all processes together; training mode is restored."""
         model = model or self.student
-        training = model.training
+        modes = {module: module.training for module in model.modules()}  # a frozen part may be in eval of its own
         model.eval()
         predictions, labels = [], []
         for batch in self._shard(loader, shuffled=False):
             with self.accelerator.autocast():
                 output = (self.teacher_forward if model is self.teacher else self.forward)(model, batch)
+            if labels_of(batch) is None:
+                raise ValueError("loader: expected batches with labels to compare predictions with, got one without")
             found = self.accelerator.gather_for_metrics((self.predict(output), labels_of(batch)))
             predictions.append(found[0].cpu())
             labels.append(found[1].cpu())
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
+        if not predictions:
+            raise ValueError("loader: expected at least one batch to evaluate on, got none")
+        if len({p.shape[1:] for p in predictions}) > 1:  # sequences padded batch by batch
+            predictions, labels = [p.flatten() for p in predictions], [y.flatten() for y in labels]
         return {name: metric(torch.cat(predictions), torch.cat(labels)) for name, metric in self.metrics.items()}
 
     def save(self, path: str | Path) -> None:
@@ -333,7 +340,7 @@ class Distiller:
     def _count_labels(self, batch: Batch) -> Any:
         labels = labels_of(batch)
         if labels is not None and not labels.is_floating_point():
-            return (labels != self.ignore_index).sum()
+            return (labels.long() != self.ignore_index).sum()
         values = batch.values() if isinstance(batch, Mapping) else batch
         first = batch if isinstance(batch, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
         if first is None:

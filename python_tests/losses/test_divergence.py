@@ -562,3 +562,72 @@ def test_any_shape_against_float64(rows, width, temperature, spread, offset, mas
         assert grad.sum(-1).abs().max() <= slack * largest * width
     if FUSED:
         assert got.item() >= 0.0
+
+
+# ---------------------------------------------------------------- found by review: one rule on every path
+PATHS = [dict(reduction="mean"), dict(reduction="none"), dict(reduction="mean", backend="reference")]
+
+
+@pytest.mark.parametrize("options", PATHS, ids=str)
+def test_a_masked_row_of_minus_infinity_or_a_bad_label_never_spoils_the_rest(options):
+    student, teacher = torch.randn(3, 4), torch.randn(3, 4)
+    student[1] = -math.inf
+    loss = distillation_loss(student, teacher, torch.tensor([0, 1, 2]), **options).loss
+    assert loss.isfinite().all() and loss.max() > 0
+    mask = torch.tensor([True, True, False])
+    assert dkd_loss(teacher, teacher + 1, torch.tensor([1, 0, -100]), mask=mask, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_masked_rows_are_not_read_by_a_mean(backend):
+    student, teacher = torch.randn(3, 4), torch.randn(3, 4)
+    want = kd_loss(student[1:], teacher[1:], backend=backend)
+    student[0] = math.nan
+    student.requires_grad_()
+    got = kd_loss(student, teacher, mask=torch.tensor([False, True, True]), backend=backend)
+    torch.testing.assert_close(got, want)
+    assert torch.autograd.grad(got, student)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_term_of_weight_zero_is_left_out_even_when_infinite(backend):
+    student = torch.randn(2, 4)
+    student[:, 0] = -math.inf
+    labels = torch.tensor([1, 2])
+    for reduction in ("mean", "none"):
+        loss = distillation_loss(
+            student, torch.randn(2, 4), labels, kd_weight=0.0, reduction=reduction, backend=backend
+        ).loss
+        assert loss.isfinite().all() and loss.max() > 0
+
+
+def test_narrow_types_of_labels_weights_and_temperatures():
+    student, teacher = torch.randn(70000, 4), torch.randn(70000, 4)
+    mask, weight = torch.ones(70000, dtype=torch.bool), torch.full((70000,), 1e-3)
+    want = kd_loss(student, teacher, mask=mask, weight=weight)
+    torch.testing.assert_close(kd_loss(student, teacher, mask=mask, weight=weight.half()), want, rtol=1e-3, atol=0)
+    wide = torch.randn(2, 200), torch.randn(2, 200)
+    labels = torch.tensor([156, 3])  # as uint8, 156 is -100
+    torch.testing.assert_close(
+        distillation_loss(*wide, labels.to(torch.uint8)).loss, distillation_loss(*wide, labels).loss
+    )
+    hot = torch.full((2,), 300.0)
+    torch.testing.assert_close(kd_loss(*wide, temperature=hot.half()), kd_loss(*wide, temperature=hot))
+
+
+def test_learned_and_wrong_options():
+    student, teacher = torch.randn(3, 4), torch.randn(3, 4)
+    module = KDLoss(temperature=torch.nn.Parameter(torch.full((3,), 2.0)))
+    (parameter,) = module.parameters()
+    module(student, teacher).backward()
+    assert parameter.grad is not None and parameter.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="temperature: expected positive finite values"):
+        kd_loss(student, teacher, temperature=torch.tensor([-2.0, 1.0, 1.0]))
+    with pytest.raises(TypeError, match="temperature: expected a number, got str"):
+        distillation_loss(student, teacher, torch.zeros(3).long(), temperature="4")
+    with pytest.raises(ValueError, match=r"mask: expected shape \(3,\)"):
+        distillation_loss(student, teacher, torch.zeros(3).long(), mask=torch.ones(1, dtype=torch.bool))
+    with pytest.raises(TypeError, match="dim: expected an int, got str"):
+        kd_loss(student, teacher, dim="c")
+    many = torch.randn(2, 1, 1, 1, 1, 1, 1, 1, 1, 4)
+    assert kd_loss(many, many + 1).isfinite()  # more axes than the core takes: the reference
