@@ -246,7 +246,11 @@ def _fit(task: Task, distiller: Distiller, part: str, seed: int, steps: int, wei
         "each": test,
         "ms_per_step": median(row["ms_per_step"] for row in rows if "ms_per_step" in row),
         "curve": [[row["step"], row[f"eval_{score}"]] for row in rows if f"eval_{score}" in row],
-    }
+        # Counts a method reports (of pixels, of tokens), means over the steps between two evaluations.
+        "counts": {
+            name: [row[name] for row in rows if name in row] for name in distiller.history.columns() if name.startswith("num_")
+        },
+    }  # fmt: skip
 
 
 def _results(task: Task, settings: dict[str, Any], arms: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -263,6 +267,7 @@ def _results(task: Task, settings: dict[str, Any], arms: list[str], rows: list[d
             name: {
                 "test": scores[name], **summary(scores[name]), "val": [row["val"] for row in found],
                 "ms_per_step": median(row["ms_per_step"] for row in found), "curves": [row["curve"] for row in found],
+                **({"each": [row["each"] for row in found], "counts": [row["counts"] for row in found]} if task.peers else {}),
             }
             for name, found in by_arm.items()
         },

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks.experiments import hyperformer, sinkd, switch_dit
+from benchmarks.experiments import cnn_vit_bsd, hyperformer, sinkd, switch_dit
 
 
 def test_sinkd_runs_resumes_and_says_what_the_numbers_say(tmp_path, monkeypatch):
@@ -45,6 +45,37 @@ def test_switch_dit_measures_shared_experts(tmp_path):
     assert results["parameters"]["dit"] < results["parameters"]["whole"] == results["parameters"]["no_prior"]
     assert len(results["sentences"]) == 5 and len(results["shared_experts"]["whole"][0]) == 4
     assert switch_dit.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+
+
+def test_cnn_vit_bsd_runs_resumes_and_counts_who_teaches(tmp_path):
+    out = tmp_path / "results" / "cnn_vit_bsd.json"
+    results = cnn_vit_bsd.run(out, seeds=1, steps=3, work=tmp_path / "work")
+    assert list(results["arms"]) == ["ce", "mutual", "pixel", "cnn_vit_bsd"]
+    assert set(results["selected"]) == {"pixel", "cnn_vit_bsd"}
+    for name, shares in results["selected"].items():
+        assert shares["to_cnn"]["least"] > 0 and shares["to_vit"]["least"] > 0 <= shares["ties"]["least"], name
+        assert sum(share["mean"] for share in shares.values()) == pytest.approx(1)
+    for arm in results["arms"].values():
+        assert arm["test"][0] == pytest.approx(sum(arm["each"][0]) / 2)
+    assert len({tuple(arm["each"][0]) for arm in results["arms"].values()}) == 4  # no two arms are the same
+    assert cnn_vit_bsd.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+
+    # Finished arms are read, a missing one is made again.
+    out.unlink()
+    (tmp_path / "work" / "runs" / "pixel-0.json").unlink()
+    stored = tmp_path / "work" / "runs" / "ce-0.json"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"test": 0.125}))
+    again = cnn_vit_bsd.run(out, seeds=1, steps=3, work=tmp_path / "work")
+    assert again["arms"]["ce"]["test"] == [0.125]
+    assert again["arms"]["pixel"]["test"] == results["arms"]["pixel"]["test"]
+
+
+def test_shares_of_selected_pixels_by_hand():
+    shares = cnn_vit_bsd.selected([{"num_valid": [10.0, 10.0], "num_to_a": [4.0, 0.0], "num_to_b": [5.0, 10.0]}])
+    assert shares["to_cnn"] == {"mean": 0.2, "least": 0.0} and shares["ties"] == {"mean": 0.05, "least": 0.0}
+    assert "not every epoch" in cnn_vit_bsd.sentence("x", shares)
+    shares["to_cnn"]["least"] = 0.1
+    assert "in every epoch" in cnn_vit_bsd.sentence("x", shares)
 
 
 def test_shared_experts_by_hand():

@@ -12,7 +12,34 @@ def accuracy(predictions: Tensor, labels: Tensor, *, ignore_index: int = -100) -
 
     >>> accuracy(logits.argmax(-1), labels)
     """
+    keep = _kept(predictions, labels, ignore_index)
+    return int(((predictions == labels) & keep).sum()) / max(1, int(keep.sum()))
+
+
+def mean_iou(predictions: Tensor, labels: Tensor, *, num_classes: int, ignore_index: int = 255) -> float:
+    """Mean over classes of intersection / union, counted over all pixels of all images whose label is not `ignore_index`.
+
+    A class that is neither predicted nor a label is left out of the mean; 0.0 when no class is there.
+
+    Args: predictions, labels: integers in [0, num_classes) of one shape, e.g. [N, H, W].
+
+    >>> mean_iou(logits.argmax(1), labels, num_classes=19)
+    """
+    keep = _kept(predictions, labels, ignore_index)
+    predicted, true = predictions[keep].long(), labels[keep].long()
+    for name, values in (("predictions", predicted), ("labels", true)):
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
+            raise ValueError(
+                f"{name}: expected classes in [0, {num_classes}), got {int(values.min())} to {int(values.max())}"
+            )
+    table = (num_classes * true + predicted).bincount(minlength=num_classes**2).view(num_classes, num_classes).double()
+    both = table.diagonal()
+    union = table.sum(0) + table.sum(1) - both
+    there = union > 0
+    return float((both[there] / union[there]).mean()) if bool(there.any()) else 0.0
+
+
+def _kept(predictions: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     if predictions.shape != labels.shape:
         raise ValueError(f"labels: expected shape {tuple(predictions.shape)}, got {tuple(labels.shape)}")
-    keep = labels.long() != ignore_index
-    return int(((predictions == labels) & keep).sum()) / max(1, int(keep.sum()))
+    return labels.long() != ignore_index

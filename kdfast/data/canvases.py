@@ -1,0 +1,152 @@
+"""Segmentation of handwritten digits: 32x32 canvases with four to six of them, a small CNN and a small ViT that label each pixel.
+
+Classes: 0 to 9, and 10 for the background. The faint edge of a digit belongs to neither and is ignored (255), as the borders of
+objects are in the segmentation benchmarks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdfast.data.digits import digit_splits
+from kdfast.data.task import Rows, Task
+from kdfast.metrics import mean_iou
+from kdfast.nn.tokens import tokenize_feature_map, tokens_to_map
+
+SIZE, DIGIT = 32, 8
+BACKGROUND, IGNORE = 10, 255
+CLASSES = BACKGROUND + 1
+FAINT = 0.25  # ink up to this is the edge of a digit
+COUNTS = {"student": 400, "val": 100, "test": 200}
+
+
+# ---------------------------------------------------------------- data
+def canvas_splits(seed: int) -> dict[str, Rows]:
+    """ "student", "val", "test": 400, 100, 200 canvases [N, 1, 32, 32] with labels [N, 32, 32]; no digit image is in two of them."""
+    digits = digit_splits(seed)
+    sources = {"student": "teacher", "val": "val", "test": "test"}  # the largest part for training
+    random = np.random.default_rng(seed)
+    splits = {}
+    for name, count in COUNTS.items():
+        images, labels = digits[sources[name]].tensors
+        splits[name] = Rows(*canvases(images, labels, count, random))
+    return splits
+
+
+def canvases(images: Tensor, labels: Tensor, count: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """`count` canvases, each with 4 to 6 of `images` [N, 1, 8, 8] at random places where none covers another.
+
+    >>> inputs, targets = canvases(*digit_images(), 16, np.random.default_rng(0))
+    """
+    inputs = torch.zeros(count, 1, SIZE, SIZE)
+    targets = torch.full((count, SIZE, SIZE), BACKGROUND)
+    for canvas, target in zip(inputs, targets):
+        places = _places(int(random.integers(4, 7)), random)
+        for (top, left), index in zip(places, random.integers(len(images), size=len(places))):
+            box = slice(top, top + DIGIT), slice(left, left + DIGIT)
+            image = images[index, 0]
+            canvas[0][box] = image
+            target[box] = torch.where(image > FAINT, labels[index], torch.where(image > 0, IGNORE, BACKGROUND))
+    return inputs, targets
+
+
+def _places(number: int, random: np.random.Generator) -> list[tuple[int, int]]:
+    """Top left corners of boxes that do not overlap; begun anew when the free space is cut up too much for another one."""
+    while True:
+        places: list[tuple[int, int]] = []
+        for top, left in random.integers(SIZE - DIGIT + 1, size=(20 * number, 2)).tolist():
+            if all(max(abs(top - y), abs(left - x)) >= DIGIT for y, x in places):
+                places.append((top, left))
+            if len(places) == number:
+                return places
+
+
+# ---------------------------------------------------------------- students
+class SegmentationCNN(nn.Module):
+    """Encoder and decoder with skips, 63k weights: [B, 1, 32, 32] -> [B, 11, 32, 32].
+
+    `low` returns the first map after the stem [B, 32, 16, 16], `high` the encoder's last one [B, 48, 8, 8].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _convolution(1, 16)
+        self.low = nn.Sequential(nn.MaxPool2d(2), _convolution(16, 32))
+        self.high = nn.Sequential(nn.MaxPool2d(2), _convolution(32, 48), _convolution(48, 48))
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        self.middle, self.last = _convolution(48 + 32, 24), _convolution(24 + 16, 16)
+        self.head = nn.Conv2d(16, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        low = self.low(stem)
+        middle = self.middle(torch.cat((self.up(self.high(low)), low), 1))
+        return self.head(self.last(torch.cat((self.up(middle), stem), 1)))
+
+
+class SegmentationViT(nn.Module):
+    """Four Transformer blocks over 4x4 patches and a convolutional decoder, 152k weights: [B, 1, 32, 32] -> [B, 11, 32, 32].
+
+    `low` returns the map of the first block [B, 64, 8, 8], `high` that of the last one, of the same shape.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 4, stride=4)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, width, SIZE // 4, SIZE // 4))
+        self.low, self.high = _Blocks(width, 1), _Blocks(width, 3)
+        self.decoder = nn.Sequential(
+            nn.ConvTranspose2d(width, 32, 2, stride=2), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.ConvTranspose2d(32, 16, 2, stride=2), nn.BatchNorm2d(16), nn.ReLU(),
+            _convolution(16, 16), nn.Conv2d(16, CLASSES, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.high(self.low(self.patches(x) + self.positions)))
+
+
+class _Blocks(nn.Module):
+    """Transformer blocks on the positions of a map, so that what they return is a map."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(depth)
+            )
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return tokens_to_map(self.blocks(tokenize_feature_map(maps)), class_tokens=0)
+
+
+def _convolution(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+
+
+def canvases_task() -> Task:
+    """Eleven classes per pixel; two students, a CNN with 63k and a ViT with 152k weights, in epochs of 25 steps."""
+    return Task(
+        name="canvases",
+        title="handwritten digits (scikit-learn) on 32x32 canvases, a class per pixel, a CNN and a ViT trained together",
+        splits=canvas_splits,
+        student=SegmentationCNN,
+        teacher=SegmentationViT,
+        peers=True,
+        layers={"low": ("low", "low"), "high": ("high", "high")},
+        widths={"low": (32, 64), "high": (48, 64)},
+        dim=1,
+        ignore_index=IGNORE,
+        metrics={"mIoU": partial(mean_iou, num_classes=CLASSES, ignore_index=IGNORE)},
+        steps=300,
+        eval_every=25,
+        batch_size=16,
+        lr=2e-3,
+    )
