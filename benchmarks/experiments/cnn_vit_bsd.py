@@ -1,6 +1,6 @@
 """CNN and ViT on canvases of digits: does teaching only where one is better help, against labels alone and against teaching everywhere?
 
-Two students trained together, 300 AdamW steps of batch 16; the score is the mean of their two test mIoU. Arms: each alone with
+Two students trained together, 200 AdamW steps of batch 16; the score is the mean of their two test mIoU. Arms: each alone with
 labels (ce); KL both ways at all labelled pixels (mutual); pixel-wise selective distillation alone (pixel); the whole method.
 The settings are the method's defaults, nothing is tuned per arm. The claims to look at: the whole method above labels alone;
 pixel not below mutual; and in every epoch each student teaches the other somewhere.

@@ -145,8 +145,9 @@ def canvases_task() -> Task:
         dim=1,
         ignore_index=IGNORE,
         metrics={"mIoU": partial(mean_iou, num_classes=CLASSES, ignore_index=IGNORE)},
-        steps=300,
+        steps=200,
         eval_every=25,
         batch_size=16,
         lr=2e-3,
+        threads=1,
     )
