@@ -22,7 +22,8 @@ from kdfast import losses, methods, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-# ```python alone: ```python before/after are the pairs of docs/drop-in.md
+# ```python alone. ```python before/after: the pairs of docs/drop-in.md; sketch: lines around the reader's own models and loaders,
+# whose calls python_tests/train runs
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
