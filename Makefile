@@ -29,14 +29,15 @@ test: $(READY)
 
 # The tests of the ops on every instruction set below the best one, which `make test` ran; never above the machine's.
 test-isa: $(READY)
-	set -e; for isa in $$($(BIN)/python -c "import kdfast; print(*kdfast.backend_info()['cpu']['isas'][:-1])"); do \
+	failed=0; for isa in $$($(BIN)/python -c "import kdfast; print(*kdfast.backend_info()['cpu']['isas'][:-1])"); do \
 	  echo "== KDFAST_CPU_ISA=$$isa"; \
 	  KDFAST_CPU_ISA=$$isa KDFAST_EXPECT_CORE=1 HYPOTHESIS_PROFILE=dev \
-	    $(BIN)/pytest -q python_tests/ops python_tests/test_core.py -k "not inductor and not gradcheck_of_the_reference" $(ARGS); \
-	done
+	    $(BIN)/pytest -q python_tests/ops python_tests/test_core.py -k "not inductor and not gradcheck_of_the_reference" $(ARGS) || failed=1; \
+	done; exit $$failed
 
 # The ops' tests on a core with AddressSanitizer and UndefinedBehaviorSanitizer. -k: a compiler would inherit the preload, and
-# the reference's own derivatives run no kernel. Reports go to files: pytest has captured the stream when the process aborts.
+# the reference's own derivatives run no kernel. --capture=sys leaves the sanitizers their stream: a report captured by a
+# process that then aborts is lost.
 # The package is a folder of links to the sources beside the sanitized core, found first through PYTHONPATH.
 SANITIZED := $(CURDIR)/build/sanitize/package
 sanitize: $(READY)
@@ -44,13 +45,13 @@ sanitize: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DKDFAST_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -Dpybind11_DIR=$$($(BIN)/python -c 'import pybind11; print(pybind11.get_cmake_dir())') > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
-	rm -rf $(SANITIZED) $(SANITIZED).*san.* && mkdir -p $(SANITIZED)/kdfast && ln -s $(CURDIR)/kdfast/* $(SANITIZED)/kdfast/ && rm -f $(SANITIZED)/kdfast/_C*
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/kdfast && ln -s $(CURDIR)/kdfast/* $(SANITIZED)/kdfast/ && rm -f $(SANITIZED)/kdfast/_C*
 	cp build/sanitize/_C*.so $(SANITIZED)/kdfast/
 	PYTHONPATH=$(SANITIZED) KDFAST_EXPECT_CORE=$(SANITIZED) HYPOTHESIS_PROFILE=dev \
-	  ASAN_OPTIONS=detect_leaks=0:log_path=$(SANITIZED).asan UBSAN_OPTIONS=print_stacktrace=1:log_path=$(SANITIZED).ubsan \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  $(BIN)/pytest -q python_tests/ops python_tests/test_core.py -p no:cacheprovider \
-	    -k "not inductor and not gradcheck_of_the_reference" $(ARGS) || { cat $(SANITIZED).*san.* 2> /dev/null; exit 1; }
+	  $(BIN)/pytest -q python_tests/ops python_tests/test_core.py -p no:cacheprovider --capture=sys \
+	    -k "not inductor and not gradcheck_of_the_reference" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -241,7 +241,8 @@ KD_INLINE Vec<double> log_polynomial(Vec<double> f) {  // log(1 + f) = 2 artanh(
 template <class T>
 KD_INLINE Vec<T> log_core(Vec<T> x, Vec<T> y) {
   using M = Math<T>;
-  const IVec<T> one = bits_of<T>(splat<T>(1)), i = bits_of<T>(x) + (one - M::sqrt_half);
+  constexpr auto to_half = (decltype(M::sqrt_half)(M::bias) << M::mantissa) - M::sqrt_half;  // bits of 1 less those of sqrt 1/2
+  const IVec<T> i = bits_of<T>(x) + to_half;
   const IVec<T> k = (i >> M::mantissa) - M::bias;
   const IVec<T> m = (i & ((decltype(M::sqrt_half)(1) << M::mantissa) - 1)) + M::sqrt_half;
   // k = 0 means x in [sqrt 1/2, sqrt 2): there 1 + y was rounded, y itself was not

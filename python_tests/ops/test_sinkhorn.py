@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from modes import MODES, check_mode
 from tolerances import check_against_reference
 
+import kdfast
 from kdfast.ops import sinkhorn, sinkhorn_cost, sinkhorn_cost_reference, sinkhorn_reference
 
 OPTIONS = [
@@ -332,8 +333,8 @@ def test_bad_input(change, message):
 FUSED = [options for options in OPTIONS if not {"update", "reg_type", "epsilon"} & set(options)]
 # A softmax weight is a product of three exponentials of 2 ULP each and the reverse chains 2 n_iters of them: measured up to
 # 1.6e-5 (2 x 2 weights' gradients, where a constant added to f and taken from g is never damped). One row or one column:
-# gradients cancel to nothing, see test_one_by_one.
-FLOOR = (2e-5, 3e-6)
+# gradients cancel to nothing, see test_one_by_one. Without a fused multiply-add (the baseline set) the same case has 4.0e-5.
+FLOOR = (5e-5 if kdfast.backend_info()["cpu"].get("isa") == "baseline" else 2e-5, 3e-6)
 
 
 def fused_and_reference(name, options):
