@@ -45,6 +45,7 @@ template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(KD_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(KD_VECTOR_BYTES)));
+  typedef uint64_t U __attribute__((vector_size(KD_VECTOR_BYTES)));
   static constexpr int W = KD_VECTOR_BYTES / 8;
 };
 
@@ -199,7 +200,7 @@ KD_INLINE Vec<T> vexp_bounded(Vec<T> x) {
   const Vec<T> t = x * M::log2e + M::round;
   const Vec<T> n = t - M::round;
   const Vec<T> r = (x - n * M::ln2_high) - n * M::ln2_low;
-  const IVec<T> exponent = (bits_of<T>(t) + M::bias) << M::mantissa;
+  const IVec<T> exponent = (IVec<T>)(((typename Simd<T>::U)bits_of<T>(t) + M::bias) << M::mantissa);  // wraps for a NaN
   // a product and not an integer addition to the exponent: the latter would make a number of a NaN
   const Vec<T> y = exp_polynomial(r) * from_bits<T>(exponent);
   return x < M::exp_min ? splat<T>(0) : y;
