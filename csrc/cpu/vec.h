@@ -243,7 +243,7 @@ template <class T>
 KD_INLINE Vec<T> log_core(Vec<T> x, Vec<T> y) {
   using M = Math<T>;
   constexpr auto to_half = (decltype(M::sqrt_half)(M::bias) << M::mantissa) - M::sqrt_half;  // bits of 1 less those of sqrt 1/2
-  const IVec<T> i = bits_of<T>(x) + to_half;
+  const IVec<T> i = (IVec<T>)((typename Simd<T>::U)bits_of<T>(x) + to_half);  // wraps for a NaN
   const IVec<T> k = (i >> M::mantissa) - M::bias;
   const IVec<T> m = (i & ((decltype(M::sqrt_half)(1) << M::mantissa) - 1)) + M::sqrt_half;
   // k = 0 means x in [sqrt 1/2, sqrt 2): there 1 + y was rounded, y itself was not
