@@ -119,7 +119,10 @@ def test_two_students_are_scored_together_and_need_no_teacher(tmp_path):
     [
         (["--data", "imagenet"], "data: expected one of digits"),
         (["--method", "dkdd"], "method: there is no 'dkdd'; did you mean dkd"),
-        (["--method", "mutual", "--data", "digits"], "mutual is for two students that teach each other, digits has a trained teacher"),
+        (
+            ["--method", "mutual", "--data", "digits"],
+            "mutual is for two students that teach each other, digits has a trained teacher",
+        ),
         (["--option", "temprature=2"], "unknown option temprature"),
         (["--option", "temperature"], "option: expected NAME=VALUE, got 'temperature'"),
     ],
