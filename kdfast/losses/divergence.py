@@ -124,6 +124,7 @@ def dkd_loss(
 
     Args:
         labels: [...] integers in [0, C), the target class. Others as in `divergence_loss`.
+        teacher_grad: this kind has no fused teacher gradient, so with it the plain-torch reference runs, in its precision.
     """
     return divergence_loss(
         student, teacher, kind="dkd", beta=(alpha, beta), temperature=temperature, scale_t2=scale_t2, labels=labels,
