@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import platform
+import resource
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_model
 from torch import nn
 from torch.optim import AdamW
+from torch.utils.data import DataLoader
 
 from kdfast import __version__, backend_info
 from kdfast.data import Task, load_task, models
@@ -32,6 +35,8 @@ from kdfast.metrics.comparison import compare, sentence, summary
 from kdfast.report import draw, markdown
 from kdfast.train import Distiller
 from kdfast.train.checkpoint import write_text
+
+Measure = Callable[[Distiller, Mapping[str, DataLoader]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,19 @@ def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
         if getattr(kind, "trains_teacher", False) != task.peers:
             kinds = {True: "two students that teach each other", False: "a trained teacher"}
             raise ValueError(f"method: {slug} is for {kinds[not task.peers]}, {task.name} has {kinds[task.peers]}")
-        known = inspect.signature(kind).parameters
-        of_task = {"ignore_index": task.ignore_index, "dim": task.dim}
-        bound = {name: value for name, value in of_task.items() if name in known} | dict(given)
+        bound = bind(task, slug, given)
         kind(
             *([task.widths] if wanted else []), **bound
         )  # a wrong option is refused now, not after the teacher's training
         arms.append(Arm(slug, slug, bound))
     return arms
+
+
+def bind(task: Task, slug: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method, with what the task knows and the method asks for: ignore_index, dim, num_classes."""
+    known = inspect.signature(load(slug)).parameters
+    of_task = {"ignore_index": task.ignore_index, "dim": task.dim, "num_classes": task.classes}
+    return {name: value for name, value in of_task.items() if name in known and value is not None} | dict(options)
 
 
 def run(
@@ -111,6 +121,7 @@ def run(
     options: Mapping[str, Any] | None = None,
     steps: int | None = None,
     arms: Sequence[Arm] | None = None,
+    measure: Measure | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Runs what is not in `out` yet; writes results.json, curves.png, report.md, student.safetensors; returns the results.
@@ -118,6 +129,8 @@ def run(
     Args:
         data: a task of `kdfast.data.TASKS`. method: a slug (`kdfast methods`). seeds: 0 to seeds-1, each with its own split,
             weights and batch order. options: of the method. steps: optimizer steps of the student (default: the task's).
+        arms: in place of labels, plain form and method. measure: (distiller after training, {split: loader}) -> more numbers
+            of an arm, {name: number}.
     Raises:
         ValueError: unknown names, features the task does not have, or an `out` that holds a run with other settings.
     """
@@ -139,7 +152,7 @@ def run(
     _claim(out, settings)
     names = [*_teacher(task), *(arm.name for arm in arms)]
     pieces: dict[str, Callable[[int], dict[str, Any]]] = {"teacher": lambda seed: _train_teacher(task, seed, out)}
-    pieces |= {arm.name: partial(_train_arm, task, arm, steps=steps, out=out) for arm in arms}
+    pieces |= {arm.name: partial(_train_arm, task, arm, steps=steps, out=out, measure=measure) for arm in arms}
     rows: list[dict[str, Any]] = []
     total = seeds * len(names)
     with _threads(task.threads):
@@ -197,26 +210,33 @@ def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
     return _fit(task, distiller, "teacher", seed, task.teacher_steps, out / "runs" / f"teacher-{seed}.safetensors")
 
 
-def _train_arm(task: Task, arm: Arm, seed: int, *, steps: int, out: Path) -> dict[str, Any]:
+def _train_arm(
+    task: Task, arm: Arm, seed: int, *, steps: int, out: Path, measure: Measure | None = None
+) -> dict[str, Any]:
+    weights = out / "runs" / f"{arm.name}-{seed}.safetensors"
+    changes = {name: value for name in ("optimizer", "scheduler") if (value := getattr(task, name)) is not None}
+    common = _common(task, seed) | changes
     if arm.student is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             student = arm.student()
-        distiller = Distiller(student, None, arm.method or "", options=arm.options, **_common(task, seed))
-        return _fit(task, distiller, "student", seed, steps, out / "runs" / f"{arm.name}-{seed}.safetensors")
+        distiller = Distiller(student, None, arm.method or "", options=arm.options, **common)
+        return _fit(task, distiller, "student", seed, steps, weights, measure)
     student, other = models(task, seed)
     if not task.peers:
         load_model(other, out / "runs" / f"teacher-{seed}.safetensors")
     if arm.method is None:
         method: Any = Labels(task.ignore_index, trains_teacher=task.peers)
-        distiller = Distiller(student, other if task.peers else None, method, **_common(task, seed))
+        distiller = Distiller(student, other if task.peers else None, method, **common)
     else:
-        wanted = getattr(load(arm.method), "captures", ())
+        kind = load(arm.method)
+        wanted, uses = getattr(kind, "captures", ()), getattr(kind, "uses_teacher", True)
         distiller = Distiller(
-            student, other, arm.method, options=arm.options, capture={name: task.layers[name] for name in wanted},
-            widths={name: task.widths[name] for name in wanted}, **_common(task, seed),
+            student, other if uses else None, arm.method, options=bind(task, arm.method, arm.options),
+            capture={name: task.layers[name] if uses else (task.layers[name][0], None) for name in wanted},
+            widths={name: task.widths[name] for name in wanted}, **common,
         )  # fmt: skip
-    return _fit(task, distiller, "student", seed, steps, out / "runs" / f"{arm.name}-{seed}.safetensors")
+    return _fit(task, distiller, "student", seed, steps, weights, measure)
 
 
 def _common(task: Task, seed: int) -> dict[str, Any]:
@@ -226,25 +246,33 @@ def _common(task: Task, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fit(task: Task, distiller: Distiller, part: str, seed: int, steps: int, weights: Path) -> dict[str, Any]:
+def _fit(
+    task: Task, distiller: Distiller, part: str, seed: int, steps: int, weights: Path, measure: Measure | None = None
+) -> dict[str, Any]:
     """Trains on one part, validates every `eval_every` steps, and reads the test split once, at the end."""
+    start = time.perf_counter()
     splits = task.splits(seed)
     epochs = max(1, round(steps / task.eval_every))
     loader = task.train_loader(splits[part], max(1, steps // epochs))
-    distiller.fit(loader, epochs, eval_loader=task.eval_loader(splits["val"]))
+    loaders = {name: task.eval_loader(data) for name, data in splits.items()}
+    distiller.fit(loader, epochs, eval_loader=loaders["val"])
+    seconds = time.perf_counter() - start
     score = next(iter(task.metrics))
-    networks = [distiller.student, distiller.teacher] if task.peers else [distiller.student]
+    model = distiller.deploy(loaders["val"])
+    networks = [model, distiller.teacher] if task.peers else [model]
     val, test = (
-        [distiller.evaluate(task.eval_loader(splits[name]), network)[score] for network in networks]
-        for name in ("val", "test")
+        [distiller.evaluate(loaders[name], network)[score] for network in networks] for name in ("val", "test")
     )
-    distiller.save(weights)
+    distiller.save(weights, model)
     rows = distiller.history.rows
     return {
         "test": sum(test) / len(test),  # two students: their mean
         "val": sum(val) / len(val),
         "each": test,
         "ms_per_step": median(row["ms_per_step"] for row in rows if "ms_per_step" in row),
+        "seconds": seconds,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "measures": {} if measure is None else measure(distiller, loaders),
         "curve": [[row["step"], row[f"eval_{score}"]] for row in rows if f"eval_{score}" in row],
         # Counts a method reports (of pixels, of tokens), means over the steps between two evaluations.
         "counts": {
@@ -266,7 +294,9 @@ def _results(task: Task, settings: dict[str, Any], arms: list[str], rows: list[d
         "arms": {
             name: {
                 "test": scores[name], **summary(scores[name]), "val": [row["val"] for row in found],
-                "ms_per_step": median(row["ms_per_step"] for row in found), "curves": [row["curve"] for row in found],
+                "ms_per_step": median(row["ms_per_step"] for row in found), "seconds": [row["seconds"] for row in found],
+                "curves": [row["curve"] for row in found],
+                "measures": {key: [row["measures"][key] for row in found] for key in found[0]["measures"]},
                 **({"each": [row["each"] for row in found], "counts": [row["counts"] for row in found]} if task.peers else {}),
             }
             for name, found in by_arm.items()
@@ -276,7 +306,10 @@ def _results(task: Task, settings: dict[str, Any], arms: list[str], rows: list[d
             for a, b in pairs
         ],
         "versions": {"kdfast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"system": platform.platform(), "processor": platform.machine(), "threads": task.threads or torch.get_num_threads()},
+        "machine": {
+            "system": platform.platform(), "processor": platform.machine(), "threads": task.threads or torch.get_num_threads(),
+            "peak_rss_mb": max(row["peak_rss_mb"] for row in rows),
+        },
         "backend": backend_info(),
         "commit": _commit(),
     }  # fmt: skip

@@ -142,6 +142,7 @@ def canvases_task() -> Task:
         peers=True,
         layers={"low": ("low", "low"), "high": ("high", "high")},
         widths={"low": (32, 64), "high": (48, 64)},
+        classes=CLASSES,
         dim=1,
         ignore_index=IGNORE,
         metrics={"mIoU": partial(mean_iou, num_classes=CLASSES, ignore_index=IGNORE)},

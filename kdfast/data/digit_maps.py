@@ -69,6 +69,7 @@ def digit_maps_task(tail: float | None = None) -> Task:
         teacher=lambda: MapNet((64, 128, 128)),
         layers={"tokens": ("body", "body")},
         widths={"tokens": (32, 128)},
+        classes=CLASSES,
         steps=280,
         teacher_steps=280,
         eval_every=40,

@@ -62,5 +62,6 @@ def digits_task() -> Task:
         teacher=lambda: digit_mlp(256),
         layers={"hidden": ("hidden", "hidden"), "embedding": ("embedding", "embedding")},
         widths={"hidden": (16, 256), "embedding": (16, 256)},
+        classes=CLASSES,
         threads=1,
     )

@@ -57,8 +57,9 @@ class Task:
     sizes: of the data, for a method that brings its own models (`Method.students(**sizes)`): then there is neither student nor
         teacher here, and batches are dicts. predict: output -> predictions for the metrics, default the greatest class.
     layers: {name: (student path, teacher path)} of features a method may read, widths: {name: their channels}.
-    dim: class axis of the logits; ignore_index: of the labels. metrics: {name: (predictions, labels) -> float}; the first counts.
+    dim: class axis of the logits; ignore_index: of the labels; classes: how many, None where that says nothing. metrics: {name: (predictions, labels) -> float}; the first counts.
     steps, eval_every, teacher_steps, batch_size, lr: optimizer steps of AdamW at a constant rate.
+    optimizer, scheduler: as in `kdfast.train.Distiller`, in place of that; for the students, not for their teacher.
     threads: of torch while it runs, None for as many as are set; tiny networks only wait for their threads.
     """
 
@@ -74,12 +75,15 @@ class Task:
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     dim: int = -1
     ignore_index: int = -100
+    classes: int | None = None
     metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=lambda: {"accuracy": accuracy})
     steps: int = 800
     eval_every: int = 40
     teacher_steps: int = 600
     batch_size: int = 64
     lr: float = 2e-3
+    optimizer: Callable[[Any], Any] | None = None
+    scheduler: Callable[[Any, int], Any] | None = None
     threads: int | None = None
 
     def train_loader(self, data: Dataset, steps: int) -> DataLoader:

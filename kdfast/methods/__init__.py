@@ -8,9 +8,9 @@ import pkgutil
 
 from torch import nn
 
-from kdfast.methods._protocol import Context, LogitMethod, Method
+from kdfast.methods._protocol import Context, LogitMethod, Method, Setup
 
-__all__ = ["Context", "LogitMethod", "Method", "available", "load"]
+__all__ = ["Context", "LogitMethod", "Method", "Setup", "available", "load"]
 
 
 def available() -> list[str]:

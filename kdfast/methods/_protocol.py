@@ -5,8 +5,11 @@ attributes are optional, and the base class `Method` holds their defaults; a pla
 
     captures        names of the intermediate features the method reads, e.g. ("low", "high")
     trains_teacher  True: the second network learns too (two students that teach each other)
+    uses_teacher    False: there is no second network (a run by name leaves the teacher out)
+    start           called before the first step of `fit` with a Setup (class means, subclass directions, scores)
     prepare         batch -> batch, before either model sees it (mixing, views, noise and time step, label codes)
     after_step      called after each optimizer step (weight averaging, queues)
+    deploy          after training: the model to use, if it is more than the student (heads combined on validation data)
 
 A file `kdfast/methods/<slug>.py` that defines a class `Method` runs by name: `Distiller(student, teacher, "<slug>")`.
 """
@@ -14,10 +17,11 @@ A file `kdfast/methods/<slug>.py` that defines a class `Method` runs by name: `D
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from kdfast.losses.module import LossModule, LossOutput
@@ -44,6 +48,25 @@ class Context:
     total_steps: int = 0
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a method may look at before and after training.
+
+    student, teacher: the models. sweep: "train" or "val" -> a Context for each batch of it, once through, in order, without
+    gradient, both models in eval mode, batches as they come (`prepare` is not called). has_val: whether there is a "val".
+    capture: {name: dotted path in the student}. forward: (model, batch) -> its output.
+    resumed: True when training goes on from a checkpoint: buffers hold what was saved, there is nothing to compute again.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    sweep: Callable[[str], Iterator[Context]]
+    has_val: bool = False
+    capture: Mapping[str, str] = field(default_factory=dict)
+    forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch)
+    resumed: bool = False
+
+
 class Method(nn.Module):
     """Base of methods that own parameters, read features, change the batch, or train both networks.
 
@@ -62,6 +85,7 @@ class Method(nn.Module):
 
     captures: ClassVar[tuple[str, ...]] = ()
     trains_teacher: ClassVar[bool] = False
+    uses_teacher: ClassVar[bool] = True
 
     def forward(self, context: Context) -> LossOutput:
         raise NotImplementedError(f"{type(self).__module__}.Method must define forward(context) -> LossOutput")
@@ -71,6 +95,20 @@ class Method(nn.Module):
 
     def after_step(self, student: nn.Module, teacher: nn.Module | None, step: int) -> None:
         """After optimizer step number `step` (the first is 1)."""
+
+    def start(self, setup: Setup) -> None:
+        """Before the first step of `fit`, and again when it goes on from a checkpoint."""
+
+    def deploy(self, setup: Setup) -> nn.Module:
+        return setup.student
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Buffers made by `start` take the saved shape: at construction the data is not known yet."""
+        for name, buffer in self.named_buffers(recurse=False):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != buffer.shape:
+                setattr(self, name, torch.empty_like(saved, device=buffer.device))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class LogitMethod(LossModule):

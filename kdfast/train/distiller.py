@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from kdfast.losses import LossOutput
-from kdfast.methods import Context, load
+from kdfast.methods import Context, Setup, load
 from kdfast.metrics import accuracy
 from kdfast.train import checkpoint
 from kdfast.train.capture import capture_outputs, split_captures
@@ -193,6 +193,8 @@ class Distiller:
             self.resume()
         if getattr(loader, "persistent_workers", False):
             raise ValueError("loader: persistent_workers carry random state that no checkpoint holds; set it to False")
+        if hasattr(self.method, "start"):
+            self.method.start(self._setup(loader, eval_loader))
         loader = self._shard(loader, shuffled=True)
         sized = not isinstance(loader.dataset, IterableDataset)
         self.total_steps = epochs * math.ceil(len(loader) / self.accumulate) if sized else 0
@@ -237,11 +239,17 @@ class Distiller:
             predictions, labels = [p.flatten() for p in predictions], [y.flatten() for y in labels]
         return {name: metric(torch.cat(predictions), torch.cat(labels)) for name, metric in self.metrics.items()}
 
-    def save(self, path: str | Path) -> None:
-        """The student's weights as safetensors, from the main process."""
+    def deploy(self, eval_loader: DataLoader | None = None) -> nn.Module:
+        """The model to use after training: the student, or what the method makes of it (heads combined on `eval_loader`)."""
+        if not hasattr(self.method, "deploy"):
+            return self.student
+        return self.method.deploy(self._setup(None, eval_loader))
+
+    def save(self, path: str | Path, model: nn.Module | None = None) -> None:
+        """The student's weights (or another model's) as safetensors, from the main process."""
         if self.accelerator.is_main_process:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            save_model(self.student, str(path))
+            save_model(model or self.student, str(path))
 
     def resume(self) -> bool:
         """Takes weights, optimizers, history and position from the last checkpoint in `out`; False when there is none."""
@@ -337,6 +345,48 @@ class Distiller:
             self.accelerator.log(row, step=self.step)
 
     # ---------------------------------------------------------------- plumbing
+    def _setup(self, loader: DataLoader | None, eval_loader: DataLoader | None) -> Setup:
+        loaders = {"train": loader, "val": eval_loader}
+
+        def sweep(split: str) -> Iterator[Context]:
+            chosen = loaders[split]
+            if chosen is None:
+                raise ValueError(f"eval_loader, loader: the method reads the {split} data here, got None")
+            # the data once, in order and whole: a training loader's sampler may draw rows twice or leave some out
+            batches = DataLoader(chosen.dataset, chosen.batch_size, collate_fn=chosen.collate_fn)
+            yield from self._contexts(batches)
+
+        net = self.accelerator.unwrap_model(self.net)
+        return Setup(
+            self.student,
+            self.teacher,
+            sweep,
+            eval_loader is not None,
+            net.captures[0],
+            self.forward,
+            resumed=self.step > 0,
+        )
+
+    @torch.no_grad()
+    def _contexts(self, batches: Iterable[Batch]) -> Iterator[Context]:
+        """What a method would see of each batch, without gradient, both models in eval mode."""
+        net = self.accelerator.unwrap_model(self.net)
+        networks = [("student", self.student, net.captures[0], self.forward)]
+        if self.teacher is not None:
+            networks.append(("teacher", self.teacher, net.captures[1], self.teacher_forward))
+        for batch in batches:
+            batch = send_to_device(batch, self.accelerator.device)
+            context = Context(None, None, labels_of(batch), batch, step=self.step, total_steps=self.total_steps)
+            for name, model, paths, forward in networks:
+                modes = {module: module.training for module in model.modules()}
+                model.eval()
+                with self.accelerator.autocast(), capture_outputs(model, paths) as features:
+                    setattr(context, name, forward(model, batch))
+                setattr(context, f"{name}_features", features)
+                for module, mode in modes.items():
+                    module.training = mode
+            yield context
+
     def _count_labels(self, batch: Batch) -> Any:
         labels = labels_of(batch)
         if labels is not None and not labels.is_floating_point():
