@@ -97,20 +97,10 @@ def backend_info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "pool": core.pool(),
         }
-    info["triton"] = _triton_info()
+    from kdfast import triton  # not at the top: kdfast.triton is above this module
+
+    info["triton"] = triton.info()
     info["cuda"] = {"available": False, "reason": "this build has no CUDA kernels"}
     info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     info["forced_backend"] = forced_backend()
     return info
-
-
-def _triton_info() -> dict[str, Any]:
-    try:
-        import triton
-    except ImportError as error:
-        return {"available": False, "reason": f"triton is not installed ({error})"}
-    return {
-        "available": False,
-        "version": triton.__version__,
-        "reason": "kdfast has no Triton kernels in this version",
-    }

@@ -60,6 +60,8 @@ from kdfast._library import (
     scale_gradient,
     transforms_active,
 )
+from kdfast.triton import reason as triton_reason
+from kdfast.triton import register
 
 KINDS = (
     "forward_kl", "reverse_kl", "jeffreys", "js", "js_rescaled", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha", "dkd", "binary",
@@ -285,6 +287,10 @@ def _divergence_sum_cpu(student, teacher, labels, row_temperature, row_weight, k
     return loss, parts, grad_student, grad_teacher
 
 
+register("divergence_rows", "divergence", "rows")
+register("divergence_rows_backward", "divergence", "rows_backward")
+register("divergence_sum", "divergence", "weighted_sum")
+
 # ---------------------------------------------------------------- autograd
 _rows_op = torch.ops.kdfast.divergence_rows.default
 _rows_backward_op = torch.ops.kdfast.divergence_rows_backward.default
@@ -401,7 +407,7 @@ def divergence(
             widths raise.
         row_weight: [...] weights; the result is then the scalar sum of weight * row, and its gradient is made in the
             forward pass. A row of weight 0 is not read.
-        backend: "cpu", "reference" or None for the best that can run.
+        backend: "cpu", "triton", "reference" or None for the best that can run.
     Returns:
         float32 rows [...] (float64 for float64 input), the shape of the logits without `dim`; or their weighted sum.
     Differentiable in student and teacher, once; `backend="reference"` gives every derivative, also for temperature and row_weight.
@@ -411,9 +417,10 @@ def divergence(
     >>> rows = divergence(torch.randn(4, 10), torch.randn(4, 10), kind="js", temperature=2.0)
     """
     dim, classes, a, b = _check(student, teacher, kind, beta, temperature, labels, vocab_size, row_weight, dim)
-    if _choose(student, teacher, temperature, labels, row_weight, kind, backend) == "reference":
-        if debugging():
-            check_values({"student": student, "teacher": teacher}, labels, classes, dim)
+    chosen = _choose(student, teacher, temperature, labels, row_weight, kind, backend)
+    if chosen != "cpu" and debugging():
+        check_values({"student": student, "teacher": teacher}, labels, classes, dim)
+    if chosen == "reference":
         return divergence_reference(
             student, teacher, kind=kind, beta=beta, temperature=temperature, labels=labels, vocab_size=classes,
             row_weight=row_weight, dim=dim,
@@ -473,6 +480,9 @@ def divergence_total(
         # a term of factor 0 is left out: 0 times an infinite divergence is not 0
         loss = sum((f * term for f, term in ((kd_factor, kd), (ce_factor, ce)) if f != 0), start=torch.zeros_like(kd))
         return loss, torch.stack((kd, ce)).detach()
+    if chosen != "cpu" and debugging():
+        kept = labels if labels is None or row_weight is None else torch.where(row_weight != 0, labels, 0)
+        check_values({"student": student, "teacher": teacher}, kept, classes, dim)
     number, rows_t = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
     options = (kind, a, b, number, classes, dim, kd_factor, ce_factor, label_smoothing)
     return _apply_sum(student, teacher, labels, rows_t, row_weight, options)
@@ -564,12 +574,19 @@ def _choose(student, teacher, temperature, labels, row_weight, kind, backend) ->
             return f"the tensors are on {student.device}"
         if student.dim() > 9:
             return f"the core takes at most 9 dimensions, got {student.dim()}"
-        if isinstance(temperature, Tensor) and temperature.requires_grad:
-            return "a gradient for temperature comes from the reference only"
-        if row_weight is not None and row_weight.requires_grad:
-            return "a gradient for row_weight comes from the reference only"
-        if kind == "dkd" and teacher.requires_grad:
-            return "kind='dkd' has no fused teacher gradient"
-        return None
+        return _reference_only(teacher, temperature, row_weight, kind)
 
-    return choose("divergence", backend, {"cpu": cpu}, (student, teacher))
+    def triton() -> str | None:
+        return triton_reason("divergence", student, teacher) or _reference_only(teacher, temperature, row_weight, kind)
+
+    return choose("divergence", backend, {"cpu": cpu, "triton": triton}, (student, teacher))
+
+
+def _reference_only(teacher, temperature, row_weight, kind) -> str | None:
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        return "a gradient for temperature comes from the reference only"
+    if row_weight is not None and row_weight.requires_grad:
+        return "a gradient for row_weight comes from the reference only"
+    if kind == "dkd" and teacher.requires_grad:
+        return "kind='dkd' has no fused teacher gradient"
+    return None

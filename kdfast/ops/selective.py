@@ -40,6 +40,8 @@ from kdfast._library import (
     transforms_active,
 )
 from kdfast.ops.divergence import divergence_reference
+from kdfast.triton import reason as triton_reason
+from kdfast.triton import register
 
 NORMALIZERS = ("valid", "selected", "all")
 RELIABILITIES = ("label", "entropy")
@@ -140,6 +142,8 @@ def _selective_kl_cpu(
     return out
 
 
+register("selective_kl", "selective", "selective_kl")
+
 # ---------------------------------------------------------------- autograd
 _op = torch.ops.kdfast.selective_kl.default
 _OUTPUTS = 7  # of the op, that the caller sees
@@ -211,7 +215,7 @@ def selective_kl(
         labels: [B, ...] integers in [0, K) or `ignore_index`.
         temperature: T > 0, softens the KL only. There is no T^2 here (`kdfast.losses.selective_kd_loss` has it).
         normalizer: "valid", "selected" or "all". reliability: "label" or "entropy".
-        backend: "cpu", "reference" or None for the best that can run.
+        backend: "cpu", "triton", "reference" or None for the best that can run.
     Returns:
         SelectiveKL; losses and reliabilities float32 (float64 for float64 input). Each loss has a gradient for its learner
         only, once; `backend="reference"` gives every derivative.
@@ -243,9 +247,11 @@ def selective_total(
 ) -> SelectiveKL:
     """`selective_kl` with both losses times `factor`, which the stored gradients then hold already."""
     _check(logits_a, logits_b, labels, temperature, ignore_index, normalizer, reliability)
-    if choose("selective_kl", backend, {"cpu": lambda: _cpu_reason(logits_a)}, (logits_a, logits_b)) == "reference":
-        if labels.device.type == "cpu" or debugging():
-            _check_label_values(labels, logits_a.shape[1], ignore_index)
+    rules = {"cpu": lambda: _cpu_reason(logits_a), "triton": lambda: triton_reason("selective_kl", logits_a, logits_b)}
+    chosen = choose("selective_kl", backend, rules, (logits_a, logits_b))
+    if chosen != "cpu" and (labels.device.type == "cpu" or debugging()):  # the CPU kernel looks at them itself
+        _check_label_values(labels, logits_a.shape[1], ignore_index)
+    if chosen == "reference":
         out = selective_kl_reference(
             logits_a, logits_b, labels, temperature=temperature, ignore_index=ignore_index, normalizer=normalizer,
             reliability=reliability,

@@ -1,0 +1,69 @@
+"""GPU kernels in Triton: `kdfast.triton.<op>` beside `kdfast.ops.<op>`, functions on tensors with the op's own arguments.
+
+Importing this package imports no Triton: an op's module, and Triton with it, is imported at the first call on a GPU tensor.
+So kdfast works where Triton is not installed, and costs nothing where no GPU is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast._library import lib
+
+# The ops that have kernels here, as `kdfast.ops` names them.
+OPS: tuple[str, ...] = ()
+
+
+def _installed() -> bool:
+    if "triton" in sys.modules:  # None there: an import that is blocked
+        return sys.modules["triton"] is not None
+    return importlib.util.find_spec("triton") is not None
+
+
+INSTALLED = _installed()  # looked up once: a rule may run inside a compiled graph, where nothing can be imported
+
+
+def reason(op: str, *tensors: Tensor) -> str | None:
+    """Why the Triton kernels of `op` cannot take these tensors, or None."""
+    for tensor in tensors:
+        if tensor.device.type != "cuda":
+            return f"the tensors are on {tensor.device}"
+    if not INSTALLED:
+        return "triton is not installed"
+    return None if op in OPS else f"{op} has no Triton kernel in this version"
+
+
+def register(op: str, module: str, function: str) -> None:
+    """Makes `kdfast.triton.<module>.<function>` what the op `kdfast::<op>` runs on a GPU."""
+    kernel: Callable[..., Any] | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal kernel
+        if kernel is None:
+            kernel = getattr(importlib.import_module(f"kdfast.triton.{module}"), function)
+        return kernel(*args)
+
+    lib.impl(op, run, "CUDA")
+
+
+def info() -> dict[str, Any]:
+    """For `kdfast.backend_info`: whether GPU tensors run here, else why not; the ops that have kernels."""
+    if not INSTALLED:
+        return {"available": False, "reason": "triton is not installed"}
+    try:
+        import triton
+    except ImportError as error:
+        return {"available": False, "reason": f"triton cannot be imported ({error})"}
+    found: dict[str, Any] = {"available": False, "reason": None, "version": triton.__version__, "ops": list(OPS)}
+    if not OPS:
+        return found | {"reason": "kdfast has no Triton kernels in this version"}
+    if not torch.cuda.is_available():
+        return found | {"reason": "torch sees no GPU"}
+    return found | {"available": True}
