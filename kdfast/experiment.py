@@ -223,6 +223,7 @@ def _train_arm(
         distiller = Distiller(student, None, arm.method or "", options=arm.options, **common)
         return _fit(task, distiller, "student", seed, steps, weights, measure)
     student, other = models(task, seed)
+    torch.manual_seed(seed)  # for the parameters of the method
     if not task.peers:
         load_model(other, out / "runs" / f"teacher-{seed}.safetensors")
     if arm.method is None:

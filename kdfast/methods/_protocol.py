@@ -6,6 +6,7 @@ attributes are optional, and the base class `Method` holds their defaults; a pla
     captures        names of the intermediate features the method reads, e.g. ("low", "high")
     trains_teacher  True: the second network learns too (two students that teach each other)
     uses_teacher    False: there is no second network (a run by name leaves the teacher out)
+    adapt           student -> student, once, when the Distiller is made (another head, several heads)
     start           called before the first step of `fit` with a Setup (class means, subclass directions, scores)
     prepare         batch -> batch, before either model sees it (mixing, views, noise and time step, label codes)
     after_step      called after each optimizer step (weight averaging, queues)
@@ -89,6 +90,10 @@ class Method(nn.Module):
 
     def forward(self, context: Context) -> LossOutput:
         raise NotImplementedError(f"{type(self).__module__}.Method must define forward(context) -> LossOutput")
+
+    def adapt(self, student: nn.Module) -> nn.Module:
+        """The student as this method trains, scores and saves it. May change it in place (`kdfast.nn.replace_head`)."""
+        return student
 
     def prepare(self, batch: Any) -> Any:
         return batch

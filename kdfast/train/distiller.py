@@ -82,7 +82,8 @@ class Distiller:
     """Trains a student with a teacher and a method, on accelerate.
 
     Args:
-        student: nn.Module. teacher: nn.Module in eval mode and under no_grad, or None; trained along when the method says so.
+        student: nn.Module; `distiller.student` is what the method makes of it (another head, say).
+        teacher: nn.Module in eval mode and under no_grad, or None; trained along when the method says so.
         method: a slug ("kd", see `kdfast methods`), or any callable Context -> LossOutput; a Module is trained along.
         options: keyword arguments of a method given by its slug. widths: for a method that reads features,
             {name: (student channels, teacher channels)}.
@@ -155,8 +156,9 @@ class Distiller:
             # The loader's batch is the whole batch: the same run on any number of processes.
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
-        self.student, self.teacher = student, teacher
         self.method: Any = method
+        student = self.method.adapt(student) if hasattr(method, "adapt") else student
+        self.student, self.teacher = student, teacher
         if teacher is not None and not getattr(method, "trains_teacher", False):
             teacher.eval().to(self.accelerator.device)
         captures = split_captures(capture or {}, student, teacher, getattr(method, "captures", ()))

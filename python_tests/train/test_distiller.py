@@ -11,6 +11,7 @@ from train import toy
 
 from kdfast.losses import LossOutput, kd_loss
 from kdfast.methods import Context, Method, load
+from kdfast.nn import replace_head
 from kdfast.train import Distiller, capture_outputs
 
 
@@ -91,6 +92,21 @@ def test_prepare_changes_what_both_models_see_and_after_step_sees_the_models():
     torch.testing.assert_close(run.loss((inputs, labels)).parts["t"], expected.detach())
     run.fit(DataLoader(TensorDataset(inputs, labels), batch_size=6), 2)
     assert run.method.steps == ((run.student, run.teacher, 1), (run.student, run.teacher, 2))
+
+
+def test_adapt_makes_the_student_that_is_trained_scored_and_saved():
+    class Wider(Method):
+        def adapt(self, student):
+            return replace_head(student, lambda head: nn.Linear(head.in_features, 4))
+
+        def forward(self, context):
+            return LossOutput(context.student.square().mean(), {})
+
+    run = make(Wider())
+    assert run.student[4].out_features == 4 and run.net.student is run.student
+    run.student.eval()  # so that batch statistics do not move
+    inputs, labels = batch_of()
+    torch.testing.assert_close(run.loss((inputs, labels)).loss, run.student(inputs).square().mean())
 
 
 # ---------------------------------------------------------------- captures
