@@ -36,7 +36,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "nd_loss", 2, "Improving Knowledge Distillation via Regularizing Feature Norm and Direction",
-        "2305.17007", 2023, task="digits", needs=("teacher", "features", "class means"), ops=("divergence",), parts=(), status="planned",
+        "2305.17007", 2023, task="digits", needs=("teacher", "features", "class means"), ops=("divergence",), parts=(), status="ready",
     ),
     Row(
         "knowledge_concentration", 3, "Knowledge Concentration: Learning 100K Object Classifiers in a Single CNN",

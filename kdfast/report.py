@@ -9,6 +9,7 @@ from kdfast.metrics.comparison import mean_and_error, summary
 
 # Okabe and Ito's palette: told apart with every kind of colour vision, and in grey.
 ARM_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SENTENCES = 10  # under the figure
 TEACHER_COLOUR = "#7f7f7f"
 
 
@@ -20,8 +21,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     arms = results["arms"]
     students = [name for name in arms if name != "teacher"]
     colour = {name: ARM_COLOURS[i % len(ARM_COLOURS)] for i, name in enumerate(students)} | {"teacher": TEACHER_COLOUR}
-    figure = Figure(figsize=(10.5, 5.0), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.35))
+    many = len(arms) > 6
+    figure = Figure(figsize=(10.5 + 0.9 * max(0, len(arms) - 6), 5.0), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(len(arms) / 4, 1.35) if many else (1, 1.35))
 
     seeds = len(results["seeds"])
     spread = [0.30 * ((i + 0.5) / seeds - 0.5) for i in range(seeds)]  # side by side in their order
@@ -47,7 +49,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             mean_and_error(test), (place + 0.27, arms[name]["mean"]), xytext=(9, 0), textcoords="offset points", va="center",
             fontsize=9, color=colour[name], bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
         )  # fmt: skip
-    left.set_xticks([i + 0.1 for i in range(len(arms))], list(arms))
+    left.set_xticks(
+        [i + 0.1 for i in range(len(arms))], list(arms), rotation=30 if many else 0, ha="right" if many else "center"
+    )
     left.set_xlim(-0.45, len(arms) + 0.12)
     left.set_title(f"test {results['score']}: seeds, mean ± standard error", fontsize=10, loc="left")
 
@@ -74,7 +78,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{results['settings']['method']} on {results['task']}", fontsize=11, x=0.01, ha="left")
-    if results["comparisons"]:
+    if 0 < len(results["comparisons"]) <= SENTENCES:  # more of them leave no room for the axes; report.md has all
         text = "\n".join(comparison["sentence"] for comparison in results["comparisons"])
         figure.supxlabel(text, fontsize=8.5, x=0.01, ha="left")
     figure.savefig(path, dpi=130)

@@ -1,5 +1,6 @@
 """The papers' experiments: a few steps, resuming, refusing other settings. Full runs: make experiments."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks.experiments import cnn_vit_bsd, hyperformer, sinkd, switch_dit
+from benchmarks.experiments import cnn_vit_bsd, hyperformer, nd_loss, sinkd, switch_dit
 
 
 def test_sinkd_runs_resumes_and_says_what_the_numbers_say(tmp_path, monkeypatch):
@@ -84,3 +85,14 @@ def test_shared_experts_by_hand():
     assert 0.9 < near < 1.0 and far == 0.5
     assert "falls" in switch_dit.sentence("x", [[0.9, 0.8, 0.7, 0.6]])
     assert "does not fall" in switch_dit.sentence("x", [[0.9, 0.8, 0.85, 0.6]])
+
+
+def test_nd_loss_measures_norm_and_direction(tmp_path):
+    task = dataclasses.replace(nd_loss.shifted_digits(12), teacher_steps=70)
+    out = tmp_path / "results" / "nd_loss.json"
+    results = nd_loss.run(out, seeds=1, steps=70, tasks=[task], work=tmp_path / "work")
+    found = results["data"]["shifted_digits_12"]["arms"]
+    assert list(found) == ["teacher", *(arm.name for arm in nd_loss.ARMS)]
+    assert found["ce"]["measures"]["norm ratio"][0] < found["ce_nd_2"]["measures"]["norm ratio"][0]
+    assert sum("chosen on the validation split" in line for line in results["sentences"]) == 2
+    assert nd_loss.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments._own_students import run_own
+from benchmarks.experiments._common import run_own
 from kdfast.data import Task
 
 # (arm, against): what each comparison isolates

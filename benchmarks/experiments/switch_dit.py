@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_model
 from torch import Tensor
 
-from benchmarks.experiments._own_students import RUNS, run_own
+from benchmarks.experiments._common import RUNS, run_own
 from kdfast.data import Task, load_task
 from kdfast.experiment import arms_of
 from kdfast.methods.switch_dit import SwitchDiT

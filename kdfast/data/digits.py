@@ -40,14 +40,26 @@ def digit_splits(seed: int = 0, *, teacher: int = 900, student: int = 200, val: 
     return {name: Rows(images[index], labels[index]) for name, index in chosen.items()}
 
 
-def digit_mlp(width: int) -> nn.Sequential:
-    """64-width-width-10, with named layers: logits [B, 10] of images [B, 1, 8, 8]."""
+def shifted(batch: tuple[torch.Tensor, ...], reach: int = 1) -> tuple[torch.Tensor, ...]:
+    """The images of (images, labels, ...) moved by up to `reach` pixels, the same random shift for the whole batch; zeros move in.
+
+    >>> images, labels = shifted((torch.ones(4, 1, 8, 8), torch.zeros(4)))
+    """
+    images, *rest = batch
+    padded = nn.functional.pad(images, (reach,) * 4)
+    down, right = torch.randint(2 * reach + 1, (2,)).tolist()
+    return padded[..., down : down + images.shape[-2], right : right + images.shape[-1]], *rest
+
+
+def digit_mlp(width: int, embedding: int | None = None) -> nn.Sequential:
+    """64-width-embedding-10, with named layers: logits [B, 10] of images [B, 1, 8, 8]; embedding=None is width."""
+    embedding = embedding or width
     return nn.Sequential(
         OrderedDict(
             flat=nn.Flatten(),
             hidden=nn.Sequential(nn.Linear(64, width), nn.ReLU()),
-            embedding=nn.Sequential(nn.Linear(width, width), nn.ReLU()),
-            head=nn.Linear(width, CLASSES),
+            embedding=nn.Sequential(nn.Linear(width, embedding), nn.ReLU()),
+            head=nn.Linear(embedding, CLASSES),
         )
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from kdfast.metrics import accuracy
 
@@ -47,6 +47,16 @@ def as_read(batch: Any) -> Any:
     return batch
 
 
+class Augmented:
+    """collate_fn that changes each training batch, the same for student and teacher; `plain` is the batch without it."""
+
+    def __init__(self, plain: Callable | None, change: Callable[[Any], Any]) -> None:
+        self.plain, self.change = plain or default_collate, change
+
+    def __call__(self, rows: Any) -> Any:
+        return self.change(self.plain(rows))
+
+
 @dataclass(frozen=True)
 class Task:
     """A problem that a method can run on by name.
@@ -60,7 +70,7 @@ class Task:
     dim: class axis of the logits; ignore_index: of the labels; classes: how many, None where that says nothing. metrics: {name: (predictions, labels) -> float}; the first counts.
     steps, eval_every, teacher_steps, batch_size, lr: optimizer steps of AdamW at a constant rate.
     optimizer, scheduler: as in `kdfast.train.Distiller`, in place of that; for the students, not for their teacher.
-    threads: of torch while it runs, None for as many as are set; tiny networks only wait for their threads.
+    augment: (inputs, labels) -> the batch to train on, drawn anew for each batch. threads: of torch while it runs, None for as many as are set; tiny networks only wait for their threads.
     """
 
     name: str
@@ -84,12 +94,14 @@ class Task:
     lr: float = 2e-3
     optimizer: Callable[[Any], Any] | None = None
     scheduler: Callable[[Any, int], Any] | None = None
+    augment: Callable[[Any], Any] | None = None
     threads: int | None = None
 
     def train_loader(self, data: Dataset, steps: int) -> DataLoader:
         """`steps` full batches per epoch, whatever the size of the data: it is gone through again and again, shuffled anew."""
         sampler = RandomSampler(data, num_samples=steps * self.batch_size)  # type: ignore[arg-type]
-        return DataLoader(data, self.batch_size, sampler=sampler, collate_fn=_collate(data))
+        collate = _collate(data) if self.augment is None else Augmented(_collate(data), self.augment)
+        return DataLoader(data, self.batch_size, sampler=sampler, collate_fn=collate)
 
     def eval_loader(self, data: Dataset) -> DataLoader:
         return DataLoader(data, 4 * self.batch_size, collate_fn=_collate(data))

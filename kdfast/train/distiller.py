@@ -354,8 +354,9 @@ class Distiller:
             chosen = loaders[split]
             if chosen is None:
                 raise ValueError(f"eval_loader, loader: the method reads the {split} data here, got None")
-            # the data once, in order and whole: a training loader's sampler may draw rows twice or leave some out
-            batches = DataLoader(chosen.dataset, chosen.batch_size, collate_fn=chosen.collate_fn)
+            # the data once, in order, whole and as it is: a training loader may draw rows twice, leave some out, augment
+            collate = getattr(chosen.collate_fn, "plain", chosen.collate_fn)
+            batches = DataLoader(chosen.dataset, chosen.batch_size, collate_fn=collate)
             yield from self._contexts(batches)
 
         net = self.accelerator.unwrap_model(self.net)

@@ -1,0 +1,82 @@
+"""The part that experiments share: arms run once, sentences for the claims, settings chosen on the validation split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdfast.data import Task, load_task
+from kdfast.experiment import Arm, Measure
+from kdfast.experiment import run as run_arms
+from kdfast.metrics.comparison import mean_and_error
+from kdfast.train.checkpoint import write_text
+
+RUNS = Path(__file__).resolve().parents[2] / "runs" / "experiments"  # finished arms and seeds, not committed
+Claims = Sequence[tuple[str, str]]  # (arm, against)
+
+
+def stored(out: Path, seeds: int) -> dict[str, Any] | None:
+    """The results in `out` if they have as many seeds, else None."""
+    results = json.loads(out.read_text()) if out.exists() else {}
+    found = list(results["data"].values()) if "data" in results else [results] if results else []
+    return results if found and all(len(one["seeds"]) >= seeds for one in found) else None
+
+
+def run_task(
+    task: Task, method: str, *, work: Path, seeds: int, steps: int | None = None, arms: Sequence[Arm] | None = None,
+    measure: Measure | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`kdfast.experiment.run` with a line of progress for each arm and seed."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        print(f"{method} on {task.name} {done}/{total} {what}", flush=True)
+
+    return run_arms(task, method, seeds=seeds, out=work, steps=steps, arms=arms, measure=measure, on_progress=tell)
+
+
+def sentences(results: Mapping[str, Any], claims: Claims) -> list[str]:
+    """The computed sentence of each claim (arm, against)."""
+    found = {(c["arm"], c["against"]): c["sentence"] for c in results["comparisons"]}
+    return [found[pair] for pair in claims]
+
+
+def best_on_val(results: Mapping[str, Any], names: Sequence[str]) -> tuple[str, str]:
+    """The arm with the best mean validation score, and a sentence with the score of every one that was tried."""
+    val = {name: results["arms"][name]["val"] for name in names}
+    best = max(names, key=lambda name: sum(val[name]))
+    tried = ", ".join(f"{name} {mean_and_error(scores)}" for name, scores in val.items())
+    return best, f"chosen on the validation split: {best} (tried: {tried})"
+
+
+def measured(results: Mapping[str, Any], name: str, *, scale: float = 1.0, digits: int = 2) -> str:
+    """A measured number of every arm that has it: mean and standard error."""
+    arms = {arm: found["measures"][name] for arm, found in results["arms"].items() if name in found["measures"]}
+    return f"{name}: " + ", ".join(
+        f"{arm} {mean_and_error(values, scale=scale, digits=digits)}" for arm, values in arms.items()
+    )
+
+
+def write(out: Path, results: dict[str, Any]) -> dict[str, Any]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def run_own(
+    out: Path, data: str, method: str, claims: Claims, *, seeds: int, steps: int | None, task: Task | None, work: Path | None,
+    arms: Sequence[Arm] | None = None, measure: Measure | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One task, arms by name or the method's own: runs what `work` does not hold yet; returns and writes the results.
+
+    A result of as many seeds that is there already is returned as it stands.
+    """
+    if (found := stored(out, seeds)) is not None:
+        return found
+    work = RUNS / method if work is None else work
+    results = run_task(
+        task or load_task(data), method, work=work, seeds=seeds, steps=steps, arms=arms, measure=measure
+    )  # fmt: skip
+    results["sentences"] = sentences(results, claims)
+    return write(out, results)
