@@ -100,7 +100,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "mdcs", 18, "MDCS: More Diverse Experts with Consistency Self-distillation for Long-tailed Recognition",
-        "2308.09922", 2023, task="digits", needs=("several heads", "two views", "class counts"), ops=("divergence",), parts=("who teaches whom",), status="planned",
+        "2308.09922", 2023, task="digit_tail", needs=("several heads", "two views", "class counts"), ops=("divergence",), parts=("who teaches whom",), status="ready",
     ),
     Row(
         "entropic_student", 19, "Supervised Compression for Resource-Constrained Edge Computing Systems",

@@ -157,7 +157,8 @@ class Distiller:
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
         self.method: Any = method
-        student = self.method.adapt(student) if hasattr(method, "adapt") else student
+        adapt: Any = getattr(method, "adapt", None)
+        student = student if adapt is None else adapt(student)
         self.student, self.teacher = student, teacher
         if teacher is not None and not getattr(method, "trains_teacher", False):
             teacher.eval().to(self.accelerator.device)
