@@ -120,7 +120,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "bd_kd", 23, "BD-KD: Balancing the Divergences for Online Knowledge Distillation",
-        "2212.12965", 2022, task="digits", needs=("two students",), ops=("divergence",), parts=("mutual training",), status="planned",
+        "2212.12965", 2022, task="noisy_digits", needs=("two students",), ops=("divergence",), parts=("mutual training",), status="ready",
     ),
     Row(
         "transkd", 24, "TransKD: Transformer Knowledge Distillation for Efficient Semantic Segmentation",

@@ -94,13 +94,12 @@ def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
             raise ValueError(
                 f"method: {slug} reads {', '.join(absent)}; {task.name} has {', '.join(task.layers) or 'no features'}"
             )
-        if getattr(kind, "trains_teacher", False) != task.peers:
+        bound = bind(task, slug, given)
+        # a wrong option is refused now, not after the teacher's training
+        made = kind(*([task.widths] if wanted else []), **bound)
+        if getattr(made, "trains_teacher", False) != task.peers:
             kinds = {True: "two students that teach each other", False: "a trained teacher"}
             raise ValueError(f"method: {slug} is for {kinds[not task.peers]}, {task.name} has {kinds[task.peers]}")
-        bound = bind(task, slug, given)
-        kind(
-            *([task.widths] if wanted else []), **bound
-        )  # a wrong option is refused now, not after the teacher's training
         arms.append(Arm(slug, slug, bound))
     return arms
 
@@ -264,11 +263,12 @@ def _fit(
     val, test = (
         [distiller.evaluate(loaders[name], network)[score] for network in networks] for name in ("val", "test")
     )
+    counted = len(networks) if task.score_both else 1
     distiller.save(weights, model)
     rows = distiller.history.rows
     return {
-        "test": sum(test) / len(test),  # two students: their mean
-        "val": sum(val) / len(val),
+        "test": sum(test[:counted]) / counted,
+        "val": sum(val[:counted]) / counted,
         "each": test,
         "ms_per_step": median(row["ms_per_step"] for row in rows if "ms_per_step" in row),
         "seconds": seconds,

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks.experiments import cnn_vit_bsd, hyperformer, nd_loss, sinkd, switch_dit
+from benchmarks.experiments import bd_kd, cnn_vit_bsd, hyperformer, nd_loss, sinkd, switch_dit
 
 
 def test_sinkd_runs_resumes_and_says_what_the_numbers_say(tmp_path, monkeypatch):
@@ -96,3 +96,13 @@ def test_nd_loss_measures_norm_and_direction(tmp_path):
     assert found["ce"]["measures"]["norm ratio"][0] < found["ce_nd_2"]["measures"]["norm ratio"][0]
     assert sum("chosen on the validation split" in line for line in results["sentences"]) == 2
     assert nd_loss.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+
+
+def test_bd_kd_measures_calibration_of_the_student(tmp_path):
+    out = tmp_path / "results" / "bd_kd.json"
+    results = bd_kd.run(out, seeds=1, steps=40, work=tmp_path / "work")
+    assert list(results["arms"]) == [arm.name for arm in bd_kd.ARMS] and len(results["sentences"]) == 11
+    for arm in results["arms"].values():
+        assert arm["test"][0] == arm["each"][0][0] and 0 < arm["measures"]["ECE"][0] < 1
+    assert len({arm["measures"]["ECE"][0] for arm in results["arms"].values()}) == 6  # no two arms are the same
+    assert bd_kd.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())

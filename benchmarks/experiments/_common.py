@@ -10,7 +10,7 @@ from typing import Any
 from kdfast.data import Task, load_task
 from kdfast.experiment import Arm, Measure
 from kdfast.experiment import run as run_arms
-from kdfast.metrics.comparison import mean_and_error
+from kdfast.metrics.comparison import compare, mean_and_error
 from kdfast.train.checkpoint import write_text
 
 RUNS = Path(__file__).resolve().parents[2] / "runs" / "experiments"  # finished arms and seeds, not committed
@@ -80,3 +80,15 @@ def run_own(
     )  # fmt: skip
     results["sentences"] = sentences(results, claims)
     return write(out, results)
+
+
+def measure_sentence(results: Mapping[str, Any], name: str, arm: str, against: str, *, scale: float = 100.0) -> str:
+    """Of a measured number, paired by seed: lower, higher or no difference (95 % interval), with means and standard errors."""
+    values, baseline = (results["arms"][one]["measures"][name] for one in (arm, against))
+    found = compare(values, baseline)
+    start = f"{name} of {arm} {mean_and_error(values, scale=scale, digits=2)} against {against} {mean_and_error(baseline, scale=scale, digits=2)} (n = {found['n']})"
+    if found["low"] is None:
+        return f"{start}: one seed decides nothing."
+    verdict = {"gain": "higher", "loss": "lower"}.get(found["verdict"], found["verdict"])
+    interval = f"{scale * found['low']:+.2f} to {scale * found['high']:+.2f}"
+    return f"{start}: {verdict}; the paired difference is {scale * found['mean']:+.2f}, 95 % interval {interval}."

@@ -11,6 +11,7 @@ __all__ = ["TASKS", "NamedRows", "Rows", "Task", "load_task", "models"]
 # name: where its Task is made. Modules load on demand: they need the train extra.
 TASKS = {
     "digits": "kdfast.data.digits:digits_task",
+    "noisy_digits": "kdfast.data.digits:noisy_digits_task",
     "canvases": "kdfast.data.canvases:canvases_task",
     "digit_diffusion": "kdfast.data.digit_diffusion:digit_diffusion_task",
     "digit_graph": "kdfast.data.digit_graph:digit_graph_task",

@@ -77,3 +77,33 @@ def digits_task() -> Task:
         classes=CLASSES,
         threads=1,
     )
+
+
+def noisy_splits(seed: int, *, noise: float = 0.1) -> dict[str, Rows]:
+    """As `digit_splits`, the student on all 900 training images; a share `noise` of their labels is drawn anew among the other classes."""
+    splits = digit_splits(seed)
+    images, labels = splits["teacher"].tensors
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.randperm(len(labels), generator=generator)[: round(noise * len(labels))]
+    labels = labels.clone()
+    labels[wrong] = (labels[wrong] + torch.randint(1, CLASSES, wrong.shape, generator=generator)) % CLASSES
+    return splits | {"student": Rows(images, labels)}
+
+
+def noisy_digits_task() -> Task:
+    """Ten classes, a tenth of the training labels wrong; 64-12-10 and 64-256-256-10 learn together, the small one is scored."""
+    return Task(
+        name="noisy_digits",
+        title="handwritten digits (scikit-learn) with 10 % wrong training labels, two networks trained together",
+        splits=noisy_splits,
+        student=lambda: nn.Sequential(
+            OrderedDict(
+                flat=nn.Flatten(), hidden=nn.Sequential(nn.Linear(64, 12), nn.ReLU()), head=nn.Linear(12, CLASSES)
+            )
+        ),
+        teacher=lambda: digit_mlp(256),
+        peers=True,
+        score_both=False,
+        classes=CLASSES,
+        threads=1,
+    )

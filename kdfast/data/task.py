@@ -63,7 +63,8 @@ class Task:
 
     splits: seed -> {"teacher", "student", "val", "test": Dataset of (inputs, labels)}; the networks train on the first two,
         settings are chosen on "val", figures are of "test".
-    student, teacher: make the networks, freshly initialised. peers: the second network is no trained teacher but a student too.
+    student, teacher: make the networks, freshly initialised. peers: the second network is no trained teacher but learns too.
+    score_both: of peers, whether the score is the mean of both or the student's alone.
     sizes: of the data, for a method that brings its own models (`Method.students(**sizes)`): then there is neither student nor
         teacher here, and batches are dicts. predict: output -> predictions for the metrics, default the greatest class.
     layers: {name: (student path, teacher path)} of features a method may read, widths: {name: their channels}.
@@ -81,6 +82,7 @@ class Task:
     sizes: Mapping[str, int] = field(default_factory=dict)
     predict: Callable[[Any], Tensor] | None = None
     peers: bool = False
+    score_both: bool = True
     layers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     dim: int = -1

@@ -1,5 +1,6 @@
 """Drop-in losses: functions first, each with an nn.Module twin of the same options."""
 
+from kdfast.losses.cross_entropy import CrossEntropyLoss, cross_entropy_loss, entropy_rows
 from kdfast.losses.divergence import (
     DistillationLoss,
     DivergenceLoss,
@@ -42,6 +43,7 @@ from kdfast.losses.selective import (
 from kdfast.losses.sinkhorn import SinkhornDivergence, SinkhornKDLoss, sinkhorn_divergence, sinkhorn_kd_loss
 
 __all__ = [
+    "CrossEntropyLoss",
     "DKDLoss",
     "DistillationLoss",
     "DivergenceLoss",
@@ -61,9 +63,11 @@ __all__ = [
     "TokenGraphLoss",
     "UniformKLLoss",
     "UsageCVLoss",
+    "cross_entropy_loss",
     "distillation_loss",
     "divergence_loss",
     "dkd_loss",
+    "entropy_rows",
     "importance_load_loss",
     "kd_loss",
     "load_balancing_loss",

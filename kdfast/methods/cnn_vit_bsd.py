@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from kdfast._checks import check_choice, check_int, check_number
 from kdfast._library import compute_dtype
-from kdfast.losses import LossOutput, region_selection
+from kdfast.losses import LossOutput, cross_entropy_loss, region_selection
 from kdfast.methods._protocol import Context
 from kdfast.methods._protocol import Method as MethodBase
 from kdfast.ops.selective import selective_total
@@ -121,7 +121,13 @@ def cnn_vit_bsd_loss(
         reliability=reliability, factor=temperature**2, backend=backend,
     )  # fmt: skip
     terms = {
-        "ce": (1.0, [_cross_entropy(z, labels, pixel.valid) for z in (logits_a, logits_b)]),
+        "ce": (
+            1.0,
+            [
+                cross_entropy_loss(z, labels, mask=pixel.valid, ignore_index=ignore_index, dim=1)
+                for z in (logits_a, logits_b)
+            ],
+        ),
         "pixel": (w_pixel, [pixel.loss_to_a, pixel.loss_to_b]),
     }
     if high is not None:
@@ -136,13 +142,6 @@ def cnn_vit_bsd_loss(
     parts |= {"loss_a": loss_a, "loss_b": loss_b}
     counts = {"num_valid": pixel.num_valid, "num_to_a": pixel.num_to_a, "num_to_b": pixel.num_to_b}
     return LossOutput(loss_a + loss_b, {name: part.detach() for name, part in parts.items()} | counts)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """Mean over V; exact 0 with zero gradient when V is empty."""
-    kept = torch.where(valid, labels.long(), -100)
-    total = F.cross_entropy(logits.to(compute_dtype(logits)), kept, ignore_index=-100, reduction="sum")
-    return total / valid.sum().clamp_min(1)
 
 
 # ---------------------------------------------------------------- by name

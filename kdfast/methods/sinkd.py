@@ -21,7 +21,8 @@ from torch import Tensor
 
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number
 from kdfast._library import compute_dtype
-from kdfast.losses import LossOutput, distillation_loss, sinkhorn_kd_loss
+from kdfast.losses import LossOutput, distillation_loss, entropy_rows, sinkhorn_kd_loss
+from kdfast.losses.divergence import reduce_rows
 from kdfast.methods._protocol import LogitMethod
 
 CLOUDS = ("batch", "sequence")
@@ -101,7 +102,9 @@ def sinkd_total(
             ignore_index=ignore_index, dim=dim,
         )  # fmt: skip
         keep = labels.long() != ignore_index
-        entropy = _entropy(teacher, keep, kd_temperature, dim)  # KL + H(teacher) is the cross-entropy form
+        entropy = reduce_rows(
+            entropy_rows(teacher, temperature=kd_temperature, dim=dim), keep, None, "mean"
+        )  # KL + H(teacher) is the cross-entropy form
         loss, parts = loss + alpha * entropy, parts | {"kd": parts["kd"] + entropy}
     s, t = student.movedim(dim, -1), teacher.movedim(dim, -1)  # [..., C]
     if cloud == "batch" and s.dim() > 2:
@@ -111,11 +114,6 @@ def sinkd_total(
         s, t, temperature=temperature, epsilon=epsilon, n_iters=n_iters, scale=scale, mask=keep
     )  # fmt: skip
     return LossOutput(loss + beta * sink, parts | {"sinkhorn": sink.detach()})
-
-
-def _entropy(logits: Tensor, keep: Tensor, temperature: float, dim: int) -> Tensor:
-    rows = torch.special.entr(torch.softmax(logits.to(compute_dtype(logits)) / temperature, dim)).sum(dim)
-    return torch.where(keep, rows, 0.0).sum() / keep.sum().clamp_min(1)
 
 
 # ---------------------------------------------------------------- the sequence form for two vocabularies

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from kdfast._checks import check_int
 
 
 def accuracy(predictions: Tensor, labels: Tensor, *, ignore_index: int = -100) -> float:
@@ -37,6 +40,27 @@ def mean_iou(predictions: Tensor, labels: Tensor, *, num_classes: int, ignore_in
     union = table.sum(0) + table.sum(1) - both
     there = union > 0
     return float((both[there] / union[there]).mean()) if bool(there.any()) else 0.0
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, *, n_bins: int = 15, ignore_index: int = -100) -> float:
+    """sum over bins of (share of rows) |accuracy - mean confidence|; the confidence is the greatest softmax probability.
+
+    Bins are (b/n, (b+1)/n]; empty ones add nothing. 0.0 when every label is ignored.
+
+    Args: logits: [N, C], finite. labels: [N] integers or `ignore_index`.
+
+    >>> expected_calibration_error(torch.tensor([[0.0, 0.0]]), torch.tensor([0]))  # half sure and right
+    0.5
+    """
+    check_int("n_bins", n_bins, low=1)
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels: expected [N] for logits [N, C], got {tuple(labels.shape)} and {tuple(logits.shape)}")
+    keep = labels.long() != ignore_index
+    confidence, predicted = torch.softmax(logits[keep].double(), -1).max(-1)  # the first class wins a tie
+    right = (predicted == labels[keep]).double()
+    edges = torch.arange(1, n_bins, dtype=torch.float64, device=logits.device) / n_bins
+    gaps = confidence.new_zeros(n_bins).index_add(0, torch.bucketize(confidence, edges), right - confidence)
+    return float(gaps.abs().sum() / max(1, len(confidence)))
 
 
 def _kept(predictions: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
