@@ -112,7 +112,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "lelp", 21, "Linear Projections of Teacher Embeddings for Few-Class Distillation",
-        "2409.20449", 2024, task="digits", needs=("teacher", "teacher embeddings"), ops=("divergence",), parts=(), status="planned",
+        "2409.20449", 2024, task="digit_parity", needs=("teacher", "teacher embeddings"), ops=("divergence",), parts=(), status="ready",
     ),
     Row(
         "scalekd", 22, "ScaleKD: Strong Vision Transformers Could Be Excellent Teachers",

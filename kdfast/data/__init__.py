@@ -17,6 +17,7 @@ TASKS = {
     "digit_graph": "kdfast.data.digit_graph:digit_graph_task",
     "digit_maps": "kdfast.data.digit_maps:digit_maps_task",
     "digit_maps_tail": "kdfast.data.digit_maps:digit_maps_tail_task",
+    "digit_parity": "kdfast.data.digit_residues:residue_task",
     "digit_tail": "kdfast.data.digit_tail:digit_tail_task",
 }
 

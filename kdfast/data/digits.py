@@ -51,15 +51,15 @@ def shifted(batch: tuple[torch.Tensor, ...], reach: int = 1) -> tuple[torch.Tens
     return padded[..., down : down + images.shape[-2], right : right + images.shape[-1]], *rest
 
 
-def digit_mlp(width: int, embedding: int | None = None) -> nn.Sequential:
-    """64-width-embedding-10, with named layers: logits [B, 10] of images [B, 1, 8, 8]; embedding=None is width."""
+def digit_mlp(width: int, embedding: int | None = None, classes: int = CLASSES) -> nn.Sequential:
+    """64-width-embedding-classes, with named layers: logits [B, classes] of images [B, 1, 8, 8]; embedding=None is width."""
     embedding = embedding or width
     return nn.Sequential(
         OrderedDict(
             flat=nn.Flatten(),
             hidden=nn.Sequential(nn.Linear(64, width), nn.ReLU()),
             embedding=nn.Sequential(nn.Linear(width, embedding), nn.ReLU()),
-            head=nn.Linear(embedding, CLASSES),
+            head=nn.Linear(embedding, classes),
         )
     )
 

@@ -31,11 +31,14 @@ from torch import Tensor, nn
 
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_labels, check_number
 from kdfast._library import compute_dtype, readable
-from kdfast.losses import LossOutput, divergence_loss
+from kdfast.losses import LossOutput, cross_entropy_loss, divergence_loss
 from kdfast.methods._protocol import Context, Setup
 from kdfast.methods._protocol import Method as MethodBase
 
 POWERS = (-0.5, 1.0, 2.5)
+NONE_IGNORED = torch.iinfo(
+    torch.int64
+).min  # every image has a label here: -100 is refused like any other outside [0, C)
 
 
 # ---------------------------------------------------------------- the two terms
@@ -58,8 +61,8 @@ def prior_offsets(class_counts: Tensor, powers: Sequence[float] = POWERS, *, eps
 def diversity_loss(adjusted: Tensor, labels: Tensor) -> Tensor:
     """DL = sum over the experts of the mean cross-entropy; adjusted logits u [M, 2B, C], labels [B] (used for both views)."""
     experts = adjusted.shape[0]
-    rows = labels.long().repeat(2 * experts)
-    return experts * F.cross_entropy(adjusted.to(compute_dtype(adjusted)).flatten(0, 1), rows)
+    rows = labels.repeat(2 * experts)
+    return experts * cross_entropy_loss(adjusted.flatten(0, 1), rows, ignore_index=NONE_IGNORED)
 
 
 def consistency_loss(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -122,10 +125,6 @@ def mdcs_loss(
     if v.dim() != 3 or v.shape[1] % 2:
         raise ValueError(f"expert_logits: expected [M, 2B, C], weak and strong views, got shape {tuple(v.shape)}")
     check_labels(labels, torch.Size((v.shape[1] // 2,)), v.device)
-    if readable(labels) and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < v.shape[2]:
-        raise ValueError(
-            f"labels: expected integers in [0, {v.shape[2]}), got {int(labels.min())} to {int(labels.max())}"
-        )
     if len(powers) != v.shape[0]:
         raise ValueError(f"powers: expected one for each of {v.shape[0]} experts, got {len(powers)}")
     offsets = prior_offsets(class_counts, powers, eps=eps)
