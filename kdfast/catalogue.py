@@ -96,7 +96,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "dhkd", 17, "Dual-Head Knowledge Distillation: Enhancing Logits Utilization with an Auxiliary Head",
-        "2411.08937", 2024, task="digits", needs=("teacher", "two heads"), ops=("divergence",), parts=("dual head",), status="planned",
+        "2411.08937", 2024, task="digits", needs=("teacher", "two heads"), ops=("divergence",), parts=("dual head",), status="ready",
     ),
     Row(
         "mdcs", 18, "MDCS: More Diverse Experts with Consistency Self-distillation for Long-tailed Recognition",

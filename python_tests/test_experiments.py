@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks.experiments import bd_kd, cnn_vit_bsd, hyperformer, nd_loss, sinkd, switch_dit
+from benchmarks.experiments import bd_kd, cnn_vit_bsd, dhkd, hyperformer, nd_loss, sinkd, switch_dit
 
 
 def test_sinkd_runs_resumes_and_says_what_the_numbers_say(tmp_path, monkeypatch):
@@ -106,3 +106,13 @@ def test_bd_kd_measures_calibration_of_the_student(tmp_path):
         assert arm["test"][0] == arm["each"][0][0] and 0 < arm["measures"]["ECE"][0] < 1
     assert len({arm["measures"]["ECE"][0] for arm in results["arms"].values()}) == 6  # no two arms are the same
     assert bd_kd.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+
+
+def test_dhkd_counts_conflicts(tmp_path):
+    out = tmp_path / "results" / "dhkd.json"
+    task = dataclasses.replace(dhkd.many_digits(), teacher_steps=40)
+    results = dhkd.run(out, seeds=1, steps=180, task=task, work=tmp_path / "work")
+    assert list(results["arms"]) == ["teacher", *(arm.name for arm in dhkd.ARMS)] and len(results["sentences"]) == 7
+    assert 0 < results["arms"]["dhkd"]["measures"]["share of steps with opposed gradients"][0] < 1
+    assert results["arms"]["one_head"]["measures"] == {}
+    assert dhkd.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
