@@ -80,7 +80,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "mix_kd", 13, "Understanding the Role of Mixup in Knowledge Distillation: An Empirical Study",
-        "2211.03946", 2022, task="digits", needs=("teacher",), ops=("divergence",), parts=("mixing",), status="planned",
+        "2211.03946", 2022, task="mixed_digits", needs=("teacher",), ops=("divergence",), parts=("mixing",), status="ready",
     ),
     Row(
         "kd_data_pruning", 14, "Distilling the Knowledge in Data Pruning",

@@ -16,7 +16,7 @@ def cross_entropy_loss(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
@@ -26,7 +26,8 @@ def cross_entropy_loss(
     """-log softmax(z)_y, the mean over kept rows: F.cross_entropy, but float32 inside, and no kept row is exact 0, not NaN.
 
     Args:
-        logits: [..., C], or with the classes on axis `dim`. labels: [...] integers in [0, C) or `ignore_index`.
+        logits: [..., C], or with the classes on axis `dim`. labels: [...] integers in [0, C) or `ignore_index` (None: every
+            row has a label, and -100 is refused like any other outside [0, C)).
         mask: [...] bool, True = keep. weight: [...] a factor for each row; the mean still divides by the number of kept rows.
         reduction: "mean", "sum" or "none" (zeros where not kept). label_smoothing: as in F.cross_entropy.
     Raises:
@@ -38,7 +39,8 @@ def cross_entropy_loss(
     check_number("label_smoothing", label_smoothing, low=0.0, high=1.0)
     shape = row_shape(logits, dim)
     check_labels(labels, shape, logits.device)
-    keep = labels.long() != ignore_index  # a narrow label type would wrap it
+    # long(): a narrow label type would wrap the index
+    keep = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels.long() != ignore_index
     if mask is not None:
         check_mask(mask, shape, logits.device)
         keep = keep & mask

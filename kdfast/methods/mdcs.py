@@ -62,7 +62,7 @@ def diversity_loss(adjusted: Tensor, labels: Tensor) -> Tensor:
     """DL = sum over the experts of the mean cross-entropy; adjusted logits u [M, 2B, C], labels [B] (used for both views)."""
     experts = adjusted.shape[0]
     rows = labels.repeat(2 * experts)
-    return experts * cross_entropy_loss(adjusted.flatten(0, 1), rows, ignore_index=NONE_IGNORED)
+    return experts * cross_entropy_loss(adjusted.flatten(0, 1), rows, ignore_index=None)
 
 
 def consistency_loss(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
