@@ -279,7 +279,7 @@ class Distiller:
             checkpoint.set_rng_state(resumed["epoch_rng"])
         epoch_rng = checkpoint.rng_state()
         batches = self._batches(loader)
-        if "rng" in resumed:
+        if "rng" in resumed and self.batch:  # at the start of an epoch the loader has just drawn from it
             checkpoint.set_rng_state(resumed["rng"])
         while window := list(itertools.islice(batches, self.accumulate)):
             self._train_step(send_to_device(window, self.accelerator.device))

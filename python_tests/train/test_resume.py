@@ -74,6 +74,17 @@ def test_a_finished_run_is_loaded_not_repeated(tmp_path):
     assert_same_bits(again, first)
 
 
+def test_bits_after_a_resume_between_two_epochs(tmp_path):
+    """The loader draws a number when an epoch begins: dropout and noise must come after it, as in the uninterrupted run."""
+    options = {"scheduler": None, "accumulate": 1}
+    whole = toy.distiller(tmp_path / "whole", **options)
+    whole.fit(toy.loader(), 3)
+    toy.distiller(tmp_path / "parts", **options).fit(toy.loader(), 2)
+    resumed = toy.distiller(tmp_path / "parts", **options)
+    resumed.fit(toy.loader(), 3, resume=True)
+    assert_same_bits(resumed, whole)
+
+
 def test_resume_without_a_checkpoint_starts_fresh(tmp_path):
     run = toy.distiller(tmp_path)
     assert run.resume() is False and run.step == 0
