@@ -160,7 +160,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "rotnet", 33, "Unsupervised Representation Learning by Predicting Image Rotations",
-        "1803.07728", 2018, task="digits", needs=("unlabelled images",), ops=("divergence",), parts=("rotations",), status="planned",
+        "1803.07728", 2018, task="digit_turns", needs=("unlabelled images",), ops=(), parts=("rotations",), status="ready",
     ),
     Row(
         "know2vec", 34, "Know2Vec: A Black-Box Proxy for Neural Network Retrieval",

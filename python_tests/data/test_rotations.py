@@ -42,7 +42,7 @@ def test_bytes_are_scaled_and_normalisation_commutes():
     got, _ = rotate4(x, mean=mean, std=std, dtype=torch.float32)
     after = (rotate4(x)[0].float() / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
     torch.testing.assert_close(got, after)
-    with pytest.raises(TypeError, match="dtype: expected a float dtype to normalise in, got torch.uint8"):
+    with pytest.raises(TypeError, match="dtype: expected a float dtype to normalise in"):
         rotate4(x, mean=0.5)
 
 
