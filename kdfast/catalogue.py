@@ -56,7 +56,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "dho", 7, "Simple Semi-supervised Knowledge Distillation from Vision-Language Models via Dual-Head Optimization",
-        "2505.07675", 2025, task="digits", needs=("teacher", "unlabelled data", "two heads"), ops=("divergence",), parts=("dual head",), status="planned",
+        "2505.07675", 2025, task="digit_few", needs=("teacher", "unlabelled data", "two heads"), ops=("divergence",), parts=("dual head",), status="ready",
     ),
     Row(
         "kd3", 8, "Distribution Shift Matters for Knowledge Distillation with Webly Collected Images",

@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks.experiments import bd_kd, cnn_vit_bsd, dhkd, hyperformer, nd_loss, sinkd, switch_dit
+from benchmarks.experiments import bd_kd, cnn_vit_bsd, dhkd, dho, hyperformer, nd_loss, sinkd, switch_dit
+from kdfast.data import load_task
 
 
 def test_sinkd_runs_resumes_and_says_what_the_numbers_say(tmp_path, monkeypatch):
@@ -116,3 +117,14 @@ def test_dhkd_counts_conflicts(tmp_path):
     assert 0 < results["arms"]["dhkd"]["measures"]["share of steps with opposed gradients"][0] < 1
     assert results["arms"]["one_head"]["measures"] == {}
     assert dhkd.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+
+
+def test_dho_measures_the_conflict_of_gradients(tmp_path):
+    out = tmp_path / "results" / "dho.json"
+    task = dataclasses.replace(load_task("digit_few"), teacher_steps=40)
+    results = dho.run(out, seeds=1, steps=40, task=task, work=tmp_path / "work")
+    assert list(results["arms"]) == ["teacher", *(arm.name for arm in dho.ARMS)] and len(results["sentences"]) == 6
+    measures = {name: arm["measures"] for name, arm in results["arms"].items()}
+    assert set(measures["dho"]) == {"gradient cosine", "alpha", "beta"} and measures["ce"] == {}
+    assert measures["dual_half"]["alpha"] == [0.5] and -1 < measures["single_head"]["gradient cosine"][0] < 1
+    assert dho.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())

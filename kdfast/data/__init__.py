@@ -14,6 +14,7 @@ TASKS = {
     "noisy_digits": "kdfast.data.digits:noisy_digits_task",
     "canvases": "kdfast.data.canvases:canvases_task",
     "digit_diffusion": "kdfast.data.digit_diffusion:digit_diffusion_task",
+    "digit_few": "kdfast.data.digit_few:digit_few_task",
     "digit_graph": "kdfast.data.digit_graph:digit_graph_task",
     "digit_maps": "kdfast.data.digit_maps:digit_maps_task",
     "digit_maps_tail": "kdfast.data.digit_maps:digit_maps_tail_task",

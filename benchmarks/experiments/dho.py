@@ -1,0 +1,63 @@
+"""DHO on digits with five labels per class: do two heads serve labels and a weak teacher better than one head does?
+
+A pool of 500 images of which 50 have a label, a teacher trained on 200 other images with strong noise. Arms: labels alone; both
+losses on one head; two heads with alpha and beta searched on the 100 validation images; two heads at (0.5, 0.5). The claims to look
+at: two heads above one head, and above the labels alone. With ten labels per class labels alone won in a trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks.experiments._common import measured, run_own, stored, write
+from kdfast.data import Task
+from kdfast.experiment import Arm
+from kdfast.methods.dho import dho_loss
+from kdfast.nn import DualOutput, dual_heads
+from kdfast.train import Distiller
+
+ARMS = (
+    Arm("ce", None),
+    Arm("single_head", "dho", {"heads": 1}),
+    Arm("dual_half", "dho", {"search": False}),
+    Arm("dho", "dho"),
+)
+CLAIMS = (("dho", "ce"), ("dho", "single_head"), ("dho", "dual_half"))
+
+
+def run(
+    out: Path, *, seeds: int = 10, steps: int | None = None, task: Task | None = None, work: Path | None = None
+) -> dict[str, Any]:
+    if (found := stored(out, seeds)) is not None:
+        return found
+    results = run_own(
+        out, "digit_few", "dho", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS, measure=measure
+    )  # fmt: skip
+    results["sentences"] += [measured(results, name) for name in ("gradient cosine", "alpha", "beta")]
+    return write(out, results)
+
+
+def measure(distiller: Distiller, loaders: Mapping[str, DataLoader]) -> dict[str, float]:
+    """The cosine of the two losses' gradients in the backbone's last layer at the end, and the pair of the search."""
+    if distiller.teacher is None:
+        return {}
+    student = distiller.student
+    images, labels = next(iter(loaders["student"]))
+    student.train()
+    out = student(images)
+    ce, kd = out if isinstance(out, DualOutput) else (out, out)
+    with torch.no_grad():
+        teacher = distiller.teacher(images)
+    last: Any = student[3]  # type: ignore[index]  # in digit_few: Linear(64, 32), before the heads
+    gradients = [
+        torch.autograd.grad(dho_loss(ce, kd, labels, teacher, **one).loss, last.weight, retain_graph=True)[0].flatten()
+        for one in ({"kd_weight": 0.0}, {"ce_weight": 0.0})
+    ]
+    found = {"gradient cosine": float(torch.nn.functional.cosine_similarity(*gradients, dim=0))}
+    heads: Any = dual_heads(student)
+    return found | ({"alpha": float(heads[0].alpha), "beta": float(heads[0].beta)} if heads else {})
