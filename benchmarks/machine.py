@@ -18,9 +18,20 @@ import kdfast
 from benchmarks.baselines import peers
 
 ROOT = Path(__file__).resolve().parent.parent
-# A result stands until one of these changes.
-SOURCES = ("csrc", "CMakeLists.txt", "kdfast/ops", "kdfast/losses", "kdfast/_core.py", "kdfast/_library.py", "kdfast/_dispatch.py",
-           "benchmarks/case.py", "benchmarks/bench_cases.py", "benchmarks/cases", "benchmarks/baselines")  # fmt: skip
+# A number of an op stands until one of these changes: what every op shares ...
+SHARED = (
+    "CMakeLists.txt", "csrc/bind.h", "csrc/isa.h", "csrc/logits.h", "csrc/memory.h", "csrc/memory.cpp", "csrc/parallel.h",
+    "csrc/parallel.cpp", "csrc/cpu/vec.h", "csrc/cpu/stage.h", "kdfast/_core.py", "kdfast/_library.py", "kdfast/_dispatch.py",
+    "kdfast/losses/module.py", "benchmarks/case.py", "benchmarks/bench_cases.py",
+)  # fmt: skip
+# ... and the files of these folders whose names begin with the op's, or with one of those it stands on.
+FOLDERS = ("csrc", "csrc/cpu", "kdfast/ops", "kdfast/losses", "benchmarks/cases", "benchmarks/baselines")
+STANDS_ON = {
+    "pairwise": ("relation",),
+    "relation": ("pairwise",),
+    "token_graph": ("relation", "sparse_kl"),
+    "linear": ("divergence",),
+}
 
 
 def git(*arguments: str) -> str:
@@ -28,18 +39,23 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def sources(op: str) -> list[Path]:
+    names = (op, *STANDS_ON.get(op, ()))
+    own = [
+        file
+        for folder in FOLDERS
+        for file in sorted((ROOT / folder).glob("*"))
+        if file.suffix in (".py", ".cpp", ".h") and file.stem.removeprefix("bind_").startswith(names)
+    ]
+    return [ROOT / name for name in SHARED] + own
+
+
 @functools.cache
-def fingerprint() -> str:
-    """Hash of every source a number depends on, with torch and the processor: the same value means measured already."""
+def fingerprint(op: str) -> str:
+    """Hash of every source that a number of this op depends on, with torch and the processor: the same means measured already."""
     digest = hashlib.sha256(f"{torch.__version__} {processor()} {os.cpu_count()}".encode())
-    for name in SOURCES:
-        path = ROOT / name
-        files = (
-            sorted(p for p in path.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu")) if path.is_dir() else [path]
-        )
-        for file in files:
-            if file.exists():
-                digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    for file in sources(op):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -58,7 +74,7 @@ def identity() -> dict[str, object]:
     info = kdfast.backend_info()
     commit = git("rev-parse", "--short=12", "HEAD")
     # Results and generated pages do not count: a run writes them case by case.
-    changed = git("status", "--porcelain", "--", *SOURCES)
+    changed = git("status", "--porcelain", "--", *SHARED, *FOLDERS)
     return {
         "device": processor(),
         "cores": os.cpu_count(),

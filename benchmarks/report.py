@@ -123,7 +123,7 @@ def case_section(result: dict) -> list[str]:
             "",
             f"The machine was busy (load {load} on {row['cores']} cores): measure again before you trust these.",
         ]
-    if result["fingerprint"] != fingerprint():
+    if result["fingerprint"] != fingerprint(result["op"]):
         lines += ["", "Measured before the last change of the sources."]
     lines += [
         "",

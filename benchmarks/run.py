@@ -99,7 +99,7 @@ def run_case(case: Case, done: dict[str, tuple[bool, str]]) -> bool:
     path = RESULTS / f"{case.name}.json"
     result = {
         "case": case.name, "op": case.op, "title": case.title, "shape": case.shape, "dtype": case.dtype,
-        "fingerprint": machine.fingerprint(), "environment": machine.environment(), "traffic_bytes": case.traffic,
+        "fingerprint": machine.fingerprint(case.op), "environment": machine.environment(), "traffic_bytes": case.traffic,
         "targets": [vars(target) for target in case.targets],
     }  # fmt: skip
     green, result["tests"] = check_tests(case, done)
@@ -126,7 +126,7 @@ def current(case: Case) -> bool:
     if not path.exists():
         return False
     result = json.loads(path.read_text())
-    return result["fingerprint"] == machine.fingerprint() and "red" not in result
+    return result["fingerprint"] == machine.fingerprint(case.op) and "red" not in result
 
 
 def main() -> int:

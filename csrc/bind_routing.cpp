@@ -77,7 +77,6 @@ static MoveCall make_move(int dtype, int64_t tokens, int64_t k, int64_t width) {
 
 void bind_routing(py::module_& m) {
   // For buffers that torch's own products fill: see memory.h.
-  m.def("advise_huge", [](Address address, int64_t bytes) { advise_huge(pointer<void>(address), std::size_t(bytes)); });
   m.def("routing_scores",
         [](Address logits, int dtype, const Ints& strides, const Ints& shape, int64_t k, int score, double norm, double eps, double scale,
            int64_t groups, int64_t topk_groups, Address ids, Address lse, Address alive, Address bias, Address mask, Address weights,

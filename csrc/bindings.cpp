@@ -14,6 +14,7 @@ namespace py = pybind11;
 namespace kdfast {
 
 void bind_divergence(py::module_& m);
+void bind_memory(py::module_& m);
 void bind_pairwise(py::module_& m);
 void bind_relation(py::module_& m);
 void bind_routing(py::module_& m);
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of kdfast: kernels over addresses.";
   kdfast::bind_machine(m);
   kdfast::bind_divergence(m);
+  kdfast::bind_memory(m);
   kdfast::bind_pairwise(m);
   kdfast::bind_relation(m);
   kdfast::bind_routing(m);

@@ -2,6 +2,7 @@
 
 from kdfast import losses, ops
 from kdfast._dispatch import backend_info, debug
+from kdfast._library import release_memory
 from kdfast._version import __version__
 
-__all__ = ["__version__", "backend_info", "debug", "losses", "ops"]
+__all__ = ["__version__", "backend_info", "debug", "losses", "ops", "release_memory"]

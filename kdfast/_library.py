@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kdfast import _core
 
 lib = torch.library.Library("kdfast", "FRAGMENT")
 
@@ -50,10 +54,22 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def eager_form(form: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The `forward(ctx, ...)` form of a Function written as forward + setup_context; `apply_function` chooses.
+def direct(op: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` for callers inside an autograd.Function: straight to its CPU kernel where nothing watches the dispatcher.
 
-    torch.func needs the second form, which binds its arguments by inspect: 30-50 us a call that eager need not pay.
+    Parsing some twenty arguments twice costs as much as a small kernel. Traced, fake, profiled calls go through the op.
+    """
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        return (kernel if readable(first) and not torch.autograd._profiler_enabled() else op)(first, *rest)
+
+    return call
+
+
+def applied(form: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """form.apply for a Function written as forward + setup_context, at the price of one written as forward(ctx, ...).
+
+    torch.func needs the first form, which binds its arguments by inspect: 30-50 us a call that eager need not pay.
     """
 
     class Eager(torch.autograd.Function):
@@ -66,11 +82,11 @@ def eager_form(form: type[torch.autograd.Function]) -> type[torch.autograd.Funct
         backward = staticmethod(form.backward)
 
     Eager.__name__ = Eager.__qualname__ = form.__name__
-    return Eager
 
+    def call(*args: Any) -> Any:
+        return (form if transforms_active() else Eager).apply(*args)
 
-def apply_function(form: type[torch.autograd.Function], eager: type[torch.autograd.Function], *args: Any) -> Any:
-    return (form if transforms_active() else eager).apply(*args)
+    return call
 
 
 class _Refuse(torch.autograd.Function):
@@ -90,23 +106,29 @@ class _Refuse(torch.autograd.Function):
 
 
 def scale_gradient(grad: Tensor, upstream: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A stored final gradient times the upstream factor, never in place: with retain_graph the buffer is used again.
+    """A stored final gradient times the upstream factor, rounded to `dtype` (else grad's) last.
 
-    On the CPU a factor of exactly 1 (the usual case) costs nothing. The result is rounded to `dtype` (else grad's) last.
+    When this backward is the last one through the graph the buffer itself is given away, scaled in place; a factor of
+    exactly 1 (the usual case) then costs nothing. With retain_graph the caller gets a buffer of his own.
     """
     dtype = dtype or grad.dtype
-    if readable(upstream) and upstream.item() == 1.0:
-        return grad.to(dtype)
+    if readable(upstream) and not _keeps_graph():
+        return (grad if upstream.item() == 1.0 else grad.mul_(upstream)).to(dtype)
     return grad * upstream.to(dtype) if grad.dtype == torch.float64 else (grad * upstream).to(dtype)
 
 
+# Inside a backward: whether it was called with retain_graph. Where torch cannot tell, the buffer is never given away.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def readable(tensor: Tensor) -> bool:
-    """Whether a value may be read at no cost: on the CPU, and neither fake nor being traced."""
+    """Whether a value may be read at no cost: on the CPU, and neither fake nor being traced or transformed."""
     return (
-        type(tensor) is Tensor
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
         and tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
+        and not transforms_active()
     )
 
 
@@ -132,11 +154,53 @@ def final_gradient_like(tensor: Tensor, needed: bool) -> Tensor:
     """The buffer of a gradient that is stored before the upstream factor is known: float32 for float16, where a mean over many
     rows underflows until a loss scaler's factor comes.
     """
-    if needed and tensor.dtype == torch.float16:
-        return torch.empty_like(tensor, dtype=torch.float32)
-    return gradient_like(tensor, needed)
+    return gradient_like(tensor, needed, torch.float32 if tensor.dtype == torch.float16 else None)
 
 
-def gradient_like(tensor: Tensor, needed: bool) -> Tensor:
+def gradient_like(tensor: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
     """The gradient's buffer: the input's dtype and, when the input is dense, its layout. An op cannot return None."""
-    return torch.empty_like(tensor) if needed else tensor.new_empty(0)
+    if not needed:
+        return tensor.new_empty(0)
+    dtype = dtype or tensor.dtype
+    if _comes_back(tensor, tensor.numel() * dtype.itemsize):
+        strides = torch.empty_like(tensor, dtype=dtype, device="meta").stride()
+        return _kept(tensor.shape, strides, dtype)
+    return torch.empty_like(tensor, dtype=dtype)
+
+
+def new_empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """like.new_empty(shape, dtype=dtype) for a kernel's output."""
+    dtype = dtype or like.dtype
+    if _comes_back(like, math.prod(shape) * dtype.itemsize):
+        return _kept(shape, torch.empty(shape, device="meta").stride(), dtype)
+    return like.new_empty(shape, dtype=dtype)
+
+
+# Smaller buffers are recycled by the system's allocator itself.
+KEPT_BYTES = 16 << 20
+
+
+def _comes_back(like: Tensor, size: int) -> bool:
+    """Whether the core holds the memory (csrc/memory.h): large, on the CPU, and neither fake nor being traced."""
+    return size >= KEPT_BYTES and _core.core is not None and readable(like)
+
+
+def _kept(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.from_dlpack(_core.core.kept_tensor(shape, strides, DTYPE_CODES[dtype]))
+
+
+def release_memory() -> None:
+    """Frees the large buffers that kdfast keeps between steps on the CPU: at most KDFAST_KEEP_MB, 512 unless set."""
+    if _core.core is not None:
+        _core.core.release_kept()
+
+
+def _set_kept_limit() -> None:
+    text = os.environ.get("KDFAST_KEEP_MB") or "512"
+    if not text.isdecimal():
+        raise ValueError(f"KDFAST_KEEP_MB: expected a whole number of MB, 0 to keep nothing, got {text!r}")
+    if _core.core is not None:
+        _core.core.set_kept_limit(int(text) << 20)
+
+
+_set_kept_limit()

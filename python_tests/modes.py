@@ -164,18 +164,23 @@ def double_backward(function: Function, inputs: Inputs) -> None:
 
 
 def retain_graph(function: Function, inputs: Inputs) -> None:
-    """Two backwards through one graph give equal bits, also with another upstream factor between them."""
+    """Backwards through one graph give equal bits for equal upstream factors, and none touches what another handed out."""
     leaves = fresh(inputs)
     asked = [t for t in leaves if t.requires_grad]
     loss = scalar(function(*leaves))
+    three = torch.tensor(3.0, dtype=loss.dtype)
     first = torch.autograd.grad(loss, asked, retain_graph=True)
     kept = [g.clone() for g in first]
-    third = torch.autograd.grad(loss, asked, torch.tensor(3.0, dtype=loss.dtype), retain_graph=True)
-    second = torch.autograd.grad(loss, asked)
-    for g, k, s, t in zip(first, kept, second, third):
+    tripled = torch.autograd.grad(loss, asked, three, retain_graph=True)
+    for g, k, t in zip(first, kept, tripled):
         assert torch.equal(g, k), "a later backward changed a gradient that was already handed out"
-        assert torch.equal(s, k), "the second backward differs from the first"
         torch.testing.assert_close(t, 3 * k)
+        g.zero_()  # as an optimizer may
+    second = torch.autograd.grad(loss, asked, retain_graph=True)
+    last = torch.autograd.grad(loss, asked, three)  # without retain_graph: may use up what the graph stored
+    for k, t, s, last_one in zip(kept, tripled, second, last):
+        assert torch.equal(s, k), "the second backward differs from the first"
+        assert torch.equal(last_one, t), "the last backward differs from one that keeps the graph"
 
 
 def one_gradient(function: Function, inputs: Inputs) -> None:

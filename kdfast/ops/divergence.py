@@ -51,6 +51,7 @@ from kdfast._library import (
     address,
     compute_dtype,
     contiguous,
+    direct,
     final_gradient_like,
     first_derivative_only,
     gradient_like,
@@ -292,9 +293,9 @@ register("divergence_rows_backward", "divergence", "rows_backward")
 register("divergence_sum", "divergence", "weighted_sum")
 
 # ---------------------------------------------------------------- autograd
-_rows_op = torch.ops.kdfast.divergence_rows.default
-_rows_backward_op = torch.ops.kdfast.divergence_rows_backward.default
-_sum_op = torch.ops.kdfast.divergence_sum.default
+_rows_op = direct(torch.ops.kdfast.divergence_rows.default, _divergence_rows_cpu)
+_rows_backward_op = direct(torch.ops.kdfast.divergence_rows_backward.default, _divergence_rows_backward_cpu)
+_sum_op = direct(torch.ops.kdfast.divergence_sum.default, _divergence_sum_cpu)
 
 
 class _Rows(torch.autograd.Function):

@@ -26,9 +26,9 @@ from kdfast._checks import check_choice, check_labels, check_number, check_pair
 from kdfast._dispatch import choose, core_reason
 from kdfast._library import (
     address,
-    apply_function,
+    applied,
     compute_dtype,
-    eager_form,
+    direct,
     first_derivative_only,
     lib,
     operand,
@@ -138,7 +138,7 @@ class _Cost(torch.autograd.Function):
         return grad_x, grad_y, None
 
 
-_CostEager = eager_form(_Cost)
+_cost = applied(_Cost)
 
 
 # ---------------------------------------------------------------- InfoNCE: registration and autograd
@@ -204,8 +204,8 @@ def _score_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         yield start, stop, torch.mm(x[start:stop], y.T, out=buffer[: stop - start])
 
 
-_infonce_op = torch.ops.kdfast.infonce_rows.default
-_infonce_backward_op = torch.ops.kdfast.infonce_rows_backward.default
+_infonce_op = direct(torch.ops.kdfast.infonce_rows.default, _infonce_rows_cpu)
+_infonce_backward_op = direct(torch.ops.kdfast.infonce_rows_backward.default, _infonce_rows_backward_cpu)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -235,7 +235,7 @@ class _InfoNCE(torch.autograd.Function):
         return grad_rows.unsqueeze(1) * unit if need_x else None, grad_y, None, None, None, None
 
 
-_InfoNCEEager = eager_form(_InfoNCE)
+_infonce = applied(_InfoNCE)
 
 
 # ---------------------------------------------------------------- public
@@ -262,7 +262,7 @@ def pairwise_cost(x: Tensor, y: Tensor, *, p: int, backend: str | None = None) -
     if _choose("pairwise_cost", x, y, backend) == "reference":
         return pairwise_cost_reference(x, y, p=p)
     batch, n, m, width = math.prod(x.shape[:-2]), x.shape[-2], y.shape[-2], x.shape[-1]
-    cost = apply_function(_Cost, _CostEager, x.reshape(batch, n, width), y.reshape(batch, m, width), p)
+    cost = _cost(x.reshape(batch, n, width), y.reshape(batch, m, width), p)
     return cost.reshape(*x.shape[:-1], m)
 
 
@@ -316,7 +316,7 @@ def pairwise_infonce(
     x, y = _operands(x, y, similarity)
     positive = torch.arange(len(x), device=x.device) if positive is None else positive.long()
     need_x = torch.is_grad_enabled() and (x.requires_grad or transforms_active())
-    return apply_function(_InfoNCE, _InfoNCEEager, x, y, positive, 1.0 / tau, exclude_self, need_x)[0]
+    return _infonce(x, y, positive, 1.0 / tau, exclude_self, need_x)[0]
 
 
 def _check_positive(positive: Tensor, columns: int, exclude_self: bool) -> None:

@@ -28,9 +28,9 @@ from kdfast._checks import check_choice, check_number, check_pair, check_row_ten
 from kdfast._dispatch import choose, core_reason
 from kdfast._library import (
     address,
-    apply_function,
+    applied,
     compute_dtype,
-    eager_form,
+    direct,
     first_derivative_only,
     lib,
     scale_gradient,
@@ -240,7 +240,7 @@ def _divergence_block(tables, sides, mask, diagonal, block, weight, kind):
     return rows, *(g.mul_(scale) if need else None for g, (_, scale, need) in zip(grads, sides))
 
 
-_relation_op = torch.ops.kdfast.relation.default
+_relation_op = direct(torch.ops.kdfast.relation.default, _relation_cpu)
 
 
 class _Rows(torch.autograd.Function):
@@ -266,7 +266,7 @@ class _Rows(torch.autograd.Function):
         return grads[0] if needs[0] else None, grads[1] if needs[1] else None, None, None
 
 
-_RowsEager = eager_form(_Rows)
+_rows = applied(_Rows)
 
 
 class _Sum(torch.autograd.Function):
@@ -296,7 +296,7 @@ def _fused(student, teacher, mask, row_weight, similarity, scale, compare, beta,
     mask = None if mask is None else mask.reshape(-1, shape[-1])
     options = (compare, beta, temperature, _scale_of(student, scale), _scale_of(teacher, scale), diagonal)
     if row_weight is None or transforms_active():
-        rows = apply_function(_Rows, _RowsEager, x, z, mask, options).reshape(shape)
+        rows = _rows(x, z, mask, options).reshape(shape)
         return rows if row_weight is None else (rows * row_weight).sum()
     weight = row_weight.to(dtype).reshape(-1, shape[-1])
     if mask is not None:

@@ -45,7 +45,17 @@ from torch import Tensor
 from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number, check_row_tensor
 from kdfast._dispatch import choose, core_reason, debugging
-from kdfast._library import address, compute_dtype, contiguous, first_derivative_only, lib, operand, readable
+from kdfast._library import (
+    address,
+    applied,
+    compute_dtype,
+    contiguous,
+    direct,
+    first_derivative_only,
+    lib,
+    operand,
+    readable,
+)
 
 SCORES = ("softmax_after_topk", "softmax", "sigmoid", "sqrt_softplus", "logits", "mean")
 
@@ -238,8 +248,8 @@ def _routing_scores_backward_cpu(grad_weights, grad_mean_probs, grad_lse, logits
 
 
 # ---------------------------------------------------------------- autograd
-_scores_op = torch.ops.kdfast.routing_scores.default
-_scores_backward_op = torch.ops.kdfast.routing_scores_backward.default
+_scores_op = direct(torch.ops.kdfast.routing_scores.default, _routing_scores_cpu)
+_scores_backward_op = direct(torch.ops.kdfast.routing_scores_backward.default, _routing_scores_backward_cpu)
 
 
 class _Scores(torch.autograd.Function):
@@ -263,6 +273,9 @@ class _Scores(torch.autograd.Function):
         logits, ids, lse, alive = ctx.saved_tensors
         grad = _scores_backward_op(grad_weights, grad_mean_probs, grad_lse, logits, ids, lse, alive, *ctx.options)
         return grad, None, None, None, None
+
+
+_apply_scores = applied(_Scores)
 
 
 # ---------------------------------------------------------------- public
@@ -317,7 +330,7 @@ def route_topk(
             topk_groups=topk_groups, mask=mask,
         )  # fmt: skip
     options = (k, score, float(normalise or 0.0), float(eps), float(route_scale), groups, topk_groups)
-    return Routing(*_Scores.apply(logits, bias, mask, validate, options)[:5])
+    return Routing(*_apply_scores(logits, bias, mask, validate, options)[:5])
 
 
 def _cpu_reason(logits: Tensor) -> str | None:

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor
-from kdfast._library import compute_dtype, first_derivative_only, lib
+from kdfast._library import applied, compute_dtype, direct, first_derivative_only, lib, new_empty
 from kdfast.ops.routing_plan import (
     Plan,
     check_slot_weights,
@@ -78,7 +77,7 @@ lib.define(
 
 def _like(tensor: Tensor, needed: bool) -> Tensor:
     """A contiguous gradient buffer; an op cannot return None."""
-    return tensor.new_empty(tensor.shape if needed else 0)
+    return new_empty(tensor, tensor.shape if needed else (0,))
 
 
 @torch.library.register_fake("kdfast::routing_linear")
@@ -107,14 +106,6 @@ def _mlp_gradients(x, w1, b1, w2, b2, w3, weights, needs):
     return tuple(x.new_empty(0) if t is None else _like(t, need) for t, need in zip(inputs, needs))
 
 
-def _fresh(*buffers: Tensor) -> None:
-    """Huge pages for large buffers that are about to be written for the first time: fewer page faults."""
-    assert _core.core is not None
-    for buffer in buffers:
-        if buffer.numel():
-            _core.core.advise_huge(buffer.data_ptr(), buffer.numel() * buffer.element_size())
-
-
 def _segments(offsets: Tensor) -> list[tuple[int, int, int]]:
     """(expert, first row, end row) of every expert that has rows."""
     ends = offsets.tolist()
@@ -133,7 +124,7 @@ def _zero_unused(grads: tuple[Tensor, ...] | list[Tensor], offsets: Tensor) -> N
 
 @torch.library.impl(lib, "routing_linear", "CPU")
 def _routing_linear_cpu(rows, offsets, weight, bias):
-    out = rows.new_empty((rows.shape[0], weight.shape[1]))
+    out = new_empty(rows, (rows.shape[0], weight.shape[1]))
     end = 0
     for e, begin, end in _segments(offsets):
         torch.mm(rows[begin:end], weight[e].t(), out=out[begin:end])
@@ -167,10 +158,9 @@ def _routing_mlp_cpu(x, order, inverse, offsets, w1, b1, w2, b2, w3, weights, ac
     """Expert by expert, so that a block's rows and hidden rows stay in cache between its products."""
     x, k = x.contiguous(), inverse.shape[1]
     slots, hidden, width = order.shape[0], w1.shape[1], w2.shape[1]
-    saved = x.new_empty((slots, hidden))  # pre-activation (relu: the activation, which says the same)
-    saved_gate = x.new_empty((slots, hidden) if w3 is not None else 0)
-    out = x.new_empty((slots, width))
-    _fresh(saved, saved_gate, out)
+    saved = new_empty(x, (slots, hidden))  # pre-activation (relu: the activation, which says the same)
+    saved_gate = new_empty(x, (slots, hidden) if w3 is not None else (0,))
+    out = new_empty(x, (slots, width))
     segments = _segments(offsets)
     scratch = x.new_empty((max((end - begin for _, begin, end in segments), default=0), x.shape[1]))
     for e, begin, end in segments:
@@ -209,14 +199,13 @@ def _routing_mlp_backward_cpu(
 ):
     grads = _mlp_gradients(x, w1, b1, w2, b2, w3, weights, needs)
     grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_w3, grad_weights = grads
-    _fresh(grad_w1, grad_w2, grad_w3)
     need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_weights = needs
     x, grad, k = x.contiguous(), grad.to(x.dtype).contiguous(), inverse.shape[1]
     segments = _segments(offsets)
     longest = max((end - begin for _, begin, end in segments), default=0)
     rows_of_x, rows_of_dy = x.new_empty((longest, x.shape[1])), x.new_empty((longest, grad.shape[1]))
     buffer = x.new_empty((longest, w1.shape[1]))
-    grad_rows = x.new_empty((order.shape[0], x.shape[1]) if need_x else 0)
+    grad_rows = new_empty(x, (order.shape[0], x.shape[1]) if need_x else (0,))
     slots = order.long()
     grouped = None if weights is None else weights.flatten()[slots.clamp_min(0)]  # [M] weight of each grouped row
     grouped_dw = None if not need_weights else weights.new_zeros(order.shape[0])
@@ -277,10 +266,10 @@ def _activation_backward(grad: Tensor, saved: Tensor, activation: str) -> None:
 
 
 # ---------------------------------------------------------------- autograd
-_linear_op = torch.ops.kdfast.routing_linear.default
-_linear_backward_op = torch.ops.kdfast.routing_linear_backward.default
-_mlp_op = torch.ops.kdfast.routing_mlp.default
-_mlp_backward_op = torch.ops.kdfast.routing_mlp_backward.default
+_linear_op = direct(torch.ops.kdfast.routing_linear.default, _routing_linear_cpu)
+_linear_backward_op = direct(torch.ops.kdfast.routing_linear_backward.default, _routing_linear_backward_cpu)
+_mlp_op = direct(torch.ops.kdfast.routing_mlp.default, _routing_mlp_cpu)
+_mlp_backward_op = direct(torch.ops.kdfast.routing_mlp_backward.default, _routing_mlp_backward_cpu)
 _combine_op = torch.ops.kdfast.routing_combine.default
 
 
@@ -332,6 +321,9 @@ class _MLP(torch.autograd.Function):
         return tuple(out)
 
 
+_apply_linear, _apply_mlp = applied(_Linear), applied(_MLP)
+
+
 # ---------------------------------------------------------------- public
 def grouped_linear(
     rows: Tensor, plan: Plan, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
@@ -354,7 +346,7 @@ def grouped_linear(
     _check_experts("bias", bias, (plan.counts.shape[0], weight.shape[1]), rows)
     if fused_backend("grouped_linear", backend, rows, weight, bias, plan.order) == "reference":
         return grouped_linear_reference(rows, plan, weight, bias)
-    return _Linear.apply(rows, plan.offsets, weight, bias)
+    return _apply_linear(rows, plan.offsets, weight, bias)
 
 
 def grouped_mlp(
@@ -398,7 +390,7 @@ def grouped_mlp(
     if fused_backend("grouped_mlp", backend, x, w1, w2, weights, plan.order) == "reference":
         return grouped_mlp_reference(x, plan, w1, b1, w2, b2, weights, activation=activation, w3=w3)
     weights = None if weights is None else weights.to(compute_dtype(x))
-    return _MLP.apply(x, plan.order, plan.inverse, plan.offsets, w1, b1, w2, b2, w3, weights, activation)[0]
+    return _apply_mlp(x, plan.order, plan.inverse, plan.offsets, w1, b1, w2, b2, w3, weights, activation)[0]
 
 
 def _check_experts(name: str, tensor: Tensor | None, shape: tuple[int | None, ...], like: Tensor) -> None:

@@ -28,7 +28,18 @@ from torch import Tensor
 from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number
 from kdfast._dispatch import choose, core_reason, debugging
-from kdfast._library import DTYPE_CODES, address, compute_dtype, contiguous, first_derivative_only, lib, readable
+from kdfast._library import (
+    DTYPE_CODES,
+    address,
+    applied,
+    compute_dtype,
+    contiguous,
+    direct,
+    first_derivative_only,
+    lib,
+    new_empty,
+    readable,
+)
 
 ORDERS = ("token", "choice")
 INTEGERS = (torch.int32, torch.int64)
@@ -195,7 +206,7 @@ def _(grad, rows, weights, inverse, order, need_rows, need_weights):
 def _combine_gradients(rows: Tensor, inverse: Tensor, need_rows: bool, need_weights: bool) -> tuple[Tensor, Tensor]:
     """Buffers: the rows' gradient in their dtype, the weights' in the compute dtype. An op cannot return None."""
     return (
-        rows.new_empty(rows.shape if need_rows else 0),
+        new_empty(rows, rows.shape if need_rows else (0,)),
         rows.new_empty(inverse.shape if need_weights else 0, dtype=compute_dtype(rows)),
     )
 
@@ -228,7 +239,7 @@ def gather_rows(x: Tensor, order: Tensor, k: int, begin: int, end: int, out: Ten
 
 @torch.library.impl(lib, "routing_gather", "CPU")
 def _routing_gather_cpu(x, order, k):
-    out = torch.empty((order.shape[0], x.shape[1]), dtype=x.dtype)
+    out = new_empty(x, (order.shape[0], x.shape[1]))
     gather_rows(x.contiguous(), order.contiguous(), k, 0, order.shape[0], out)
     return out
 
@@ -237,7 +248,7 @@ def _routing_gather_cpu(x, order, k):
 def _routing_combine_cpu(rows, weights, inverse):
     rows, inverse, weights = rows.contiguous(), inverse.contiguous(), contiguous(weights, compute_dtype(rows))
     tokens, k = inverse.shape
-    out = torch.empty((tokens, rows.shape[1]), dtype=rows.dtype)
+    out = new_empty(rows, (tokens, rows.shape[1]))
     _core.core.routing_combine(
         address(rows),
         DTYPE_CODES[rows.dtype],
@@ -265,10 +276,10 @@ def _routing_combine_backward_cpu(grad, rows, weights, inverse, order, need_rows
 
 
 # ---------------------------------------------------------------- autograd
-_plan_op = torch.ops.kdfast.routing_plan.default
-_gather_op = torch.ops.kdfast.routing_gather.default
-_combine_op = torch.ops.kdfast.routing_combine.default
-_combine_backward_op = torch.ops.kdfast.routing_combine_backward.default
+_plan_op = direct(torch.ops.kdfast.routing_plan.default, _routing_plan_cpu)
+_gather_op = direct(torch.ops.kdfast.routing_gather.default, _routing_gather_cpu)
+_combine_op = direct(torch.ops.kdfast.routing_combine.default, _routing_combine_cpu)
+_combine_backward_op = direct(torch.ops.kdfast.routing_combine_backward.default, _routing_combine_backward_cpu)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -305,6 +316,9 @@ class _Combine(torch.autograd.Function):
         need_rows, need_weights = ctx.needs_input_grad[:2]
         grad_rows, grad_weights = _combine_backward_op(grad, rows, weights, inverse, order, need_rows, need_weights)
         return grad_rows if need_rows else None, grad_weights if need_weights else None, None, None
+
+
+_apply_dispatch, _apply_combine = applied(_Dispatch), applied(_Combine)
 
 
 def fused_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
@@ -381,7 +395,7 @@ def dispatch(x: Tensor, plan: Plan, *, backend: str | None = None) -> Tensor:
         raise ValueError(f"x: expected [N, H] with the {plan.inverse.shape[0]} rows of the plan, got {tuple(x.shape)}")
     if fused_backend("dispatch", backend, x, plan.order) == "reference":
         return dispatch_reference(x, plan)
-    return _Dispatch.apply(x, plan.order, plan.inverse)
+    return _apply_dispatch(x, plan.order, plan.inverse)
 
 
 def combine(rows: Tensor, weights: Tensor | None, plan: Plan, *, backend: str | None = None) -> Tensor:
@@ -402,7 +416,7 @@ def combine(rows: Tensor, weights: Tensor | None, plan: Plan, *, backend: str | 
     if fused_backend("combine", backend, rows, weights, plan.order) == "reference":
         return combine_reference(rows, weights, plan)
     weights = None if weights is None else weights.to(compute_dtype(rows))
-    return _Combine.apply(rows, weights, plan.inverse, plan.order)
+    return _apply_combine(rows, weights, plan.inverse, plan.order)
 
 
 def check_slot_weights(weights: Tensor | None, plan: Plan) -> None:

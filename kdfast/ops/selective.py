@@ -32,6 +32,7 @@ from kdfast._library import (
     address,
     compute_dtype,
     contiguous,
+    direct,
     first_derivative_only,
     gradient_like,
     lib,
@@ -145,7 +146,7 @@ def _selective_kl_cpu(
 register("selective_kl", "selective", "selective_kl")
 
 # ---------------------------------------------------------------- autograd
-_op = torch.ops.kdfast.selective_kl.default
+_op = direct(torch.ops.kdfast.selective_kl.default, _selective_kl_cpu)
 _OUTPUTS = 7  # of the op, that the caller sees
 
 

@@ -47,6 +47,7 @@ from kdfast._library import (
     address,
     compute_dtype,
     contiguous,
+    direct,
     first_derivative_only,
     lib,
     operand,
@@ -255,8 +256,8 @@ def _sinkhorn_backward_cpu(cost, a, b, iterations, saved, grad_value, grad_plan,
 
 
 # ---------------------------------------------------------------- autograd
-_op = torch.ops.kdfast.sinkhorn.default
-_backward_op = torch.ops.kdfast.sinkhorn_backward.default
+_op = direct(torch.ops.kdfast.sinkhorn.default, _sinkhorn_cpu)
+_backward_op = direct(torch.ops.kdfast.sinkhorn_backward.default, _sinkhorn_backward_cpu)
 
 
 class _Sinkhorn(torch.autograd.Function):

@@ -22,6 +22,7 @@ from kdfast._library import (
     address,
     compute_dtype,
     contiguous,
+    direct,
     final_gradient_like,
     first_derivative_only,
     lib,
@@ -113,7 +114,7 @@ def _problems(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 
 # ---------------------------------------------------------------- autograd
-_op = torch.ops.kdfast.sinkhorn_kd.default
+_op = direct(torch.ops.kdfast.sinkhorn_kd.default, _sinkhorn_kd_cpu)
 
 
 class _SinkhornKD(torch.autograd.Function):

@@ -26,7 +26,7 @@ from torch import Tensor
 from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number, check_pair
 from kdfast._dispatch import choose, core_reason
-from kdfast._library import address, apply_function, compute_dtype, eager_form, first_derivative_only, lib, readable
+from kdfast._library import address, applied, compute_dtype, direct, first_derivative_only, lib, readable
 from kdfast.ops.pairwise import NORM_FLOOR, row_blocks
 
 ORIENTATIONS = ("row", "column")
@@ -246,12 +246,19 @@ def _sparse_softmax_kl_backward_cpu(grad_rows, srows, scols, sweights, trows, tc
 
 
 # ---------------------------------------------------------------- autograd
+_knn_op = direct(torch.ops.kdfast.knn_graph.default, _knn_graph_cpu)
+_weights_op = direct(torch.ops.kdfast.edge_weights.default, _edge_weights_cpu)
+_weights_backward_op = direct(torch.ops.kdfast.edge_weights_backward.default, _edge_weights_backward_cpu)
+_kl_op = direct(torch.ops.kdfast.sparse_softmax_kl.default, _sparse_softmax_kl_cpu)
+_kl_backward_op = direct(torch.ops.kdfast.sparse_softmax_kl_backward.default, _sparse_softmax_kl_backward_cpu)
+
+
 class _KnnGraph(torch.autograd.Function):
     """Neighbours (not differentiable) and their weights."""
 
     @staticmethod
     def forward(tokens, inverse, k, sigma):
-        return torch.ops.kdfast.knn_graph.default(tokens, inverse, k, sigma)
+        return _knn_op(tokens, inverse, k, sigma)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -265,14 +272,14 @@ class _KnnGraph(torch.autograd.Function):
         tokens, inverse, neighbours, weights = ctx.saved_tensors
         flat = (grad_weights.reshape(-1), weights.reshape(-1))
         ends = (_sources(neighbours), neighbours.reshape(-1))
-        grad = torch.ops.kdfast.edge_weights_backward.default(*flat, tokens, inverse, *ends, ctx.sigma)
+        grad = _weights_backward_op(*flat, tokens, inverse, *ends, ctx.sigma)
         return grad, None, None, None
 
 
 class _EdgeWeights(torch.autograd.Function):
     @staticmethod
     def forward(tokens, inverse, sources, targets, sigma):
-        return torch.ops.kdfast.edge_weights.default(tokens, inverse, sources, targets, sigma)
+        return _weights_op(tokens, inverse, sources, targets, sigma)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -282,15 +289,13 @@ class _EdgeWeights(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad_weights):
-        backward = torch.ops.kdfast.edge_weights_backward.default
-        return backward(grad_weights, *ctx.saved_tensors, ctx.sigma), None, None, None, None
+        return _weights_backward_op(grad_weights, *ctx.saved_tensors, ctx.sigma), None, None, None, None
 
 
 class _SparseKL(torch.autograd.Function):
     @staticmethod
     def forward(srows, scols, sweights, trows, tcols, tweights, nodes, teacher_first):
-        op = torch.ops.kdfast.sparse_softmax_kl.default
-        return op(srows, scols, sweights, trows, tcols, tweights, nodes, teacher_first)
+        return _kl_op(srows, scols, sweights, trows, tcols, tweights, nodes, teacher_first)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -301,12 +306,12 @@ class _SparseKL(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, grad_rows):
         needs = ctx.needs_input_grad[2], ctx.needs_input_grad[5]
-        backward = torch.ops.kdfast.sparse_softmax_kl_backward.default
+        backward = _kl_backward_op
         student, teacher = backward(grad_rows, *ctx.saved_tensors, *ctx.options, *needs)
         return None, None, student if needs[0] else None, None, None, teacher if needs[1] else None, None, None
 
 
-_KnnGraphEager, _EdgeWeightsEager, _SparseKLEager = (eager_form(form) for form in (_KnnGraph, _EdgeWeights, _SparseKL))
+_apply_knn, _apply_weights, _apply_kl = applied(_KnnGraph), applied(_EdgeWeights), applied(_SparseKL)
 
 
 # ---------------------------------------------------------------- public
@@ -333,7 +338,7 @@ def knn_graph(tokens: Tensor, k: int, *, sigma: float = 1.0, backend: str | None
     check_number("sigma", sigma, low=0.0, open_low=True)
     if _choose("knn_graph", (tokens,), backend) == "reference":
         return knn_graph_reference(tokens, k, sigma=sigma)
-    return apply_function(_KnnGraph, _KnnGraphEager, tokens, None, k, float(sigma))
+    return _apply_knn(tokens, None, k, float(sigma))
 
 
 def token_graph_kl(
@@ -397,13 +402,13 @@ def token_graph_kl(
         if normalize:
             inverse = torch.linalg.vector_norm(tokens.detach(), dim=1, dtype=dtype).clamp_min(NORM_FLOOR).reciprocal()
         if edges is None:
-            neighbours, weights = apply_function(_KnnGraph, _KnnGraphEager, tokens, inverse, k, float(sigma))
+            neighbours, weights = _apply_knn(tokens, inverse, k, float(sigma))
             ends = [_sources(neighbours), neighbours.reshape(-1)]
         else:
             ends = [edges[0], edges[1]]
-            weights = apply_function(_EdgeWeights, _EdgeWeightsEager, tokens, inverse, *ends, float(sigma))
+            weights = _apply_weights(tokens, inverse, *ends, float(sigma))
         graphs += [*(ends if orientation == "row" else ends[::-1]), weights.reshape(-1)]
-    return apply_function(_SparseKL, _SparseKLEager, *graphs, len(student), direction == "teacher_student")
+    return _apply_kl(*graphs, len(student), direction == "teacher_student")
 
 
 def _check_tokens(name: str, tokens: Tensor) -> None:
