@@ -37,7 +37,7 @@ struct VectorOps {
   }
 };
 
-constexpr int kKeptBlocks = 128;  // blocks whose exponentials may be kept: up to 131072 classes
+constexpr int kKeptBlocks = 192;  // blocks whose exponentials may be kept: up to 196608 classes
 constexpr int kBlock = 1024;  // classes staged at a time: 4 KB (float) per buffer, all buffers fit L1
 
 template <class T>

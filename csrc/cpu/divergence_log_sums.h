@@ -53,7 +53,7 @@ KD_INLINE void flush(const T* out, const T* buffer, int n, const Logits& logits,
 template <class T>
 struct LogSum {
   T max = -T(kInf);
-  double sum = 0;
+  double sum = 0, log = 0;  // log of the sum, once all is added
 
   // With `keep`, the exponentials are kept there (relative to the max after this call).
   KD_INLINE void add(LogSum& self, const T* x, int n, T inverse_t, T* keep = nullptr) {
@@ -97,12 +97,12 @@ struct LogSum {
   }
   bool bad() const { return !(sum < double(kInf)) || max == T(kInf); }
   bool empty() const { return max == -T(kInf); }
-  double log_sum() const { return __builtin_log(sum); }
-  double value(T inverse_t) const { return double(max) * double(inverse_t) + log_sum(); }
+  double value(T inverse_t) const { return double(max) * double(inverse_t) + log; }
 };
 
-// Exponentials of a row kept between the passes, where a row and these fit half the second-level cache: [classes] of each
-// model, and per block the max they are relative to. After a sweep that keeps them: q and v.
+// Exponentials of a row kept between the passes, where a row and these fit nine tenths of the second-level cache (beyond that
+// they are no faster read back than computed): [classes] of each model, and per block the max they are relative to. After a
+// sweep that keeps them: q and v.
 template <class T>
 struct Kept {
   T *first = nullptr, *second = nullptr;
@@ -112,7 +112,7 @@ struct Kept {
   KD_INLINE void reserve(Kept& self, const DivergenceCall& call) {
     const int64_t padded = (call.classes + kBlock - 1) / kBlock * kBlock, blocks = padded / kBlock;
     const int64_t row = call.classes * (kItemSize[int(call.student.dtype)] + kItemSize[int(call.teacher.dtype)]);
-    if (blocks > kKeptBlocks || 2 * (row + 2 * padded * int64_t(sizeof(T))) > second_level_cache()) return;
+    if (blocks > kKeptBlocks || 10 * (row + 2 * padded * int64_t(sizeof(T))) > 9 * second_level_cache()) return;
     self.first = static_cast<T*>(thread_scratch(0, std::size_t(padded) * sizeof(T)));
     self.second = static_cast<T*>(thread_scratch(1, std::size_t(padded) * sizeof(T)));
   }
@@ -146,6 +146,9 @@ static void log_sums(const Row<T>& row, int64_t hole, bool need_raw, bool need_t
       for (int i = 0; i < n; ++i) out.total += start + i == hole ? 0.0 : double(x[i]);
     }
   }
+  out.student.log = __builtin_log(out.student.sum);
+  out.teacher.log = __builtin_log(out.teacher.sum);
+  if (out.has_raw) out.raw.log = __builtin_log(out.raw.sum);
 }
 
 }  // namespace

@@ -201,7 +201,7 @@ template <class T>
 KD_INLINE void set_log_sums(const LogSums<T>& sums, T inverse_t, Stats<T>& stats) {
   const LogSum<T>&s = sums.student, &t = sums.teacher;
   const double max_x = s.empty() ? 0 : double(s.max), max_z = t.empty() ? 0 : double(t.max);
-  const double log_x = s.empty() ? 0 : s.log_sum(), log_z = t.empty() ? 0 : t.log_sum();
+  const double log_x = s.empty() ? 0 : s.log, log_z = t.empty() ? 0 : t.log;
   stats.max_x = T(max_x), stats.log_x = T(log_x);
   stats.max_z = T(max_z), stats.log_z = T(log_z);
   stats.gap = T((far_apart(stats.max_x, stats.max_z) ? 0 : (max_z - max_x) * double(inverse_t)) + (log_z - log_x));

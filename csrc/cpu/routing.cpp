@@ -25,44 +25,6 @@ KD_INLINE I64 load_keys(const int64_t* p) {
   return v;
 }
 
-// Greatest and sum of the lanes by halving: log2(lanes) shuffles, where lane-by-lane code would take as long as a whole pass.
-template <class V>
-KD_INLINE V rotate(V v, int by) {
-  constexpr int n = int(sizeof(V) / sizeof(v[0]));
-  if constexpr (n == 16) {
-    return by == 8   ? __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
-           : by == 4 ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
-           : by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
-                     : __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  } else if constexpr (n == 8) {
-    return by == 4   ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3)
-           : by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5)
-                     : __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
-  } else if constexpr (n == 4) {
-    return by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1) : __builtin_shufflevector(v, v, 1, 0, 3, 2);
-  } else {
-    return __builtin_shufflevector(v, v, 1, 0);
-  }
-}
-template <class V>
-KD_INLINE auto greatest_lane(V v) {
-  constexpr int n = int(sizeof(V) / sizeof(v[0]));
-  if constexpr (n >= 16) v = vmax(v, rotate(v, 8));
-  if constexpr (n >= 8) v = vmax(v, rotate(v, 4));
-  if constexpr (n >= 4) v = vmax(v, rotate(v, 2));
-  v = vmax(v, rotate(v, 1));
-  return v[0];
-}
-template <class V>
-KD_INLINE auto add_lanes(V v) {
-  constexpr int n = int(sizeof(V) / sizeof(v[0]));
-  if constexpr (n >= 16) v += rotate(v, 8);
-  if constexpr (n >= 8) v += rotate(v, 4);
-  if constexpr (n >= 4) v += rotate(v, 2);
-  v += rotate(v, 1);
-  return v[0];
-}
-
 // Greatest key of a chunk; with `below`, of those smaller than it.
 template <bool limited>
 KD_INLINE int64_t chunk_max(const int64_t* keys, int64_t below) {

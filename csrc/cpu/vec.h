@@ -124,23 +124,62 @@ KD_INLINE Vec<T> vabs(Vec<T> v) {
   return from_bits<T>(bits_of<T>(v) & ~sign_bits<T>());
 }
 
-template <class T>
-KD_INLINE T sum_lanes(Vec<T> v) {
-  T total = 0;
-  for (int i = 0; i < kWidth<T>; ++i) total += v[i];
-  return total;
+// Sum and greatest of the lanes by halving: log2(lanes) shuffles, where lane after lane would take as long as a short row.
+template <class V>
+KD_INLINE V rotate(V v, int by) {
+  constexpr int n = int(sizeof(V) / sizeof(v[0]));
+  if constexpr (n == 16) {
+    return by == 8   ? __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+           : by == 4 ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+           : by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+                     : __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  } else if constexpr (n == 8) {
+    return by == 4   ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3)
+           : by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5)
+                     : __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  } else if constexpr (n == 4) {
+    return by == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1) : __builtin_shufflevector(v, v, 1, 0, 3, 2);
+  } else {
+    return __builtin_shufflevector(v, v, 1, 0);
+  }
+}
+template <class V>
+KD_INLINE auto greatest_lane(V v) {
+  constexpr int n = int(sizeof(V) / sizeof(v[0]));
+  if constexpr (n >= 16) v = vmax(v, rotate(v, 8));
+  if constexpr (n >= 8) v = vmax(v, rotate(v, 4));
+  if constexpr (n >= 4) v = vmax(v, rotate(v, 2));
+  v = vmax(v, rotate(v, 1));
+  return v[0];
+}
+template <class V>
+KD_INLINE auto add_lanes(V v) {
+  constexpr int n = int(sizeof(V) / sizeof(v[0]));
+  if constexpr (n >= 16) v += rotate(v, 8);
+  if constexpr (n >= 8) v += rotate(v, 4);
+  if constexpr (n >= 4) v += rotate(v, 2);
+  v += rotate(v, 1);
+  return v[0];
 }
 template <class T>
-KD_INLINE double sum_lanes_double(Vec<T> v) {
-  double total = 0;
-  for (int i = 0; i < kWidth<T>; ++i) total += double(v[i]);
-  return total;
+KD_INLINE T sum_lanes(Vec<T> v) {
+  return add_lanes(v);
 }
 template <class T>
 KD_INLINE T max_lanes(Vec<T> v) {
-  T best = v[0];
-  for (int i = 1; i < kWidth<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return greatest_lane(v);
+}
+KD_INLINE double sum_lanes_double_(Vec<double> v) { return add_lanes(v); }
+KD_INLINE double sum_lanes_double_(Vec<float> v) {
+  typedef float Part __attribute__((vector_size(KD_VECTOR_BYTES / 2)));
+  Part low, high;
+  std::memcpy(&low, &v, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  return add_lanes(__builtin_convertvector(low, Vec<double>) + __builtin_convertvector(high, Vec<double>));
+}
+template <class T>
+KD_INLINE double sum_lanes_double(Vec<T> v) {
+  return sum_lanes_double_(v);
 }
 
 // ---------------------------------------------------------------- exp, log
