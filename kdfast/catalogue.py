@@ -68,7 +68,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "general_knowledge_transfer", 10, "Fantastic Gains and Where to Find Them: On the Existence and Prospect of General Knowledge Transfer between Any Pretrained Model",
-        "2310.17653", 2023, task="digits", needs=("trained student", "teacher"), ops=("divergence",), parts=("who teaches whom", "weight averaging"), status="planned",
+        "2310.17653", 2023, task="digits", needs=("trained student", "teacher"), ops=("divergence", "pairwise"), parts=("who teaches whom", "weight averaging"), status="ready",
     ),
     Row(
         "dynamic_ykd", 11, "Dynamic Y-KD: A Hybrid Approach to Continual Instance Segmentation",

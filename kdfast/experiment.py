@@ -41,12 +41,16 @@ Measure = Callable[[Distiller, Mapping[str, DataLoader]], dict[str, float]]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the student: a method's slug, or None for labels alone. `student`: a model of the method's own."""
+    """One way to train the student: a method's slug, or None for labels alone.
+
+    student: a model of the method's own. start: an earlier arm, whose trained student this one goes on from.
+    """
 
     name: str
     method: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
     student: Callable[[], nn.Module] | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
         if getattr(made, "trains_teacher", False) != task.peers:
             kinds = {True: "two students that teach each other", False: "a trained teacher"}
             raise ValueError(f"method: {slug} is for {kinds[not task.peers]}, {task.name} has {kinds[task.peers]}")
-        arms.append(Arm(slug, slug, bound))
+        arms.append(Arm(slug, slug, bound, start="ce" if getattr(kind, "starts_trained", False) else None))
     return arms
 
 
@@ -222,6 +226,8 @@ def _train_arm(
         distiller = Distiller(student, None, arm.method or "", options=arm.options, **common)
         return _fit(task, distiller, "student", seed, steps, weights, measure)
     student, other = models(task, seed)
+    if arm.start is not None:
+        load_model(student, out / "runs" / f"{arm.start}-{seed}.safetensors")
     torch.manual_seed(seed)  # for the parameters of the method
     if not task.peers:
         load_model(other, out / "runs" / f"teacher-{seed}.safetensors")

@@ -5,6 +5,7 @@ attributes are optional, and the base class `Method` holds their defaults; a pla
 
     captures        names of the intermediate features the method reads, e.g. ("low", "high")
     trains_teacher  True: the second network learns too (two students that teach each other)
+    starts_trained  True: the student has been trained before (a run by name takes the one that learned from labels alone)
     uses_teacher    False: there is no second network (a run by name leaves the teacher out)
     adapt           student -> student, once, when the Distiller is made (another head, several heads)
     start           called before the first step of `fit` with a Setup (class means, subclass directions, scores)
@@ -68,6 +69,15 @@ class Setup:
     resumed: bool = False
 
 
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Mapping: model(**batch without "labels"); (inputs, labels): model(inputs); else model(batch). `.logits` if it has one."""
+    if isinstance(batch, Mapping):
+        output = model(**{name: value for name, value in batch.items() if name != "labels"})
+    else:
+        output = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    return getattr(output, "logits", output)
+
+
 class Method(nn.Module):
     """Base of methods that own parameters, read features, change the batch, or train both networks.
 
@@ -86,6 +96,7 @@ class Method(nn.Module):
 
     captures: ClassVar[tuple[str, ...]] = ()
     trains_teacher: ClassVar[bool] = False
+    starts_trained: ClassVar[bool] = False
     uses_teacher: ClassVar[bool] = True
 
     def forward(self, context: Context) -> LossOutput:

@@ -13,5 +13,6 @@ except ImportError as error:
 from kdfast.train.capture import capture_outputs
 from kdfast.train.distiller import Distiller
 from kdfast.train.history import History
+from kdfast.train.transfer import transfer
 
-__all__ = ["Distiller", "History", "capture_outputs"]
+__all__ = ["Distiller", "History", "capture_outputs", "transfer"]

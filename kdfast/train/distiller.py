@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from kdfast.losses import LossOutput
 from kdfast.methods import Context, Setup, load
+from kdfast.methods._protocol import call_model
 from kdfast.metrics import accuracy
 from kdfast.train import checkpoint
 from kdfast.train.capture import capture_outputs, split_captures
@@ -29,15 +30,6 @@ from kdfast.train.history import History
 
 Batch = Any
 Forward = Callable[[nn.Module, Batch], Any]
-
-
-def call_model(model: nn.Module, batch: Batch) -> Any:
-    """Mapping: model(**batch without "labels"); (inputs, labels): model(inputs); else model(batch). `.logits` if it has one."""
-    if isinstance(batch, Mapping):
-        output = model(**{name: value for name, value in batch.items() if name != "labels"})
-    else:
-        output = model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    return getattr(output, "logits", output)
 
 
 def labels_of(batch: Batch) -> Tensor | None:
