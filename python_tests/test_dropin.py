@@ -135,6 +135,17 @@ class SymmetricKLLoss:
         return self.ratio * forward + (1 - self.ratio) * reverse
 
 
+class ForwardKLWithChunkedOutputLoss:
+    """The cross term again, over lists of chunks of logits."""
+
+    def __init__(self, num_output_chunks: int) -> None:
+        self.chunks = num_output_chunks
+
+    def __call__(self, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> Tensor:
+        assert len(student) == len(teacher) == self.chunks
+        return ForwardKLLoss()(torch.cat(student), torch.cat(teacher), labels)
+
+
 class LigerKLDIVLoss:
     def __init__(self, reduction: str) -> None:
         assert reduction == "batchmean"
@@ -191,6 +202,7 @@ PEERS = {
     "ForwardKLLoss": ForwardKLLoss,
     "ReverseKLLoss": ReverseKLLoss,
     "SymmetricKLLoss": SymmetricKLLoss,
+    "ForwardKLWithChunkedOutputLoss": ForwardKLWithChunkedOutputLoss,
     "LigerKLDIVLoss": LigerKLDIVLoss,
     "LigerJSD": LigerJSD,
     "LigerTVDLoss": LigerTVDLoss,
@@ -202,6 +214,7 @@ PEERS = {
 WITHOUT_ENTROPY = {
     "torchtune: ForwardKLLoss": 1.0,
     "torchtune: SymmetricKLLoss": 0.7,
+    "torchtune: ForwardKLWithChunkedOutputLoss": 1.0,
     "distillm: skewed_forward_kl": 1.0,
 }
 
@@ -281,7 +294,8 @@ def test_before_and_after(heading, num_items):
     got, got_grads = run(after, part, losses_scope(), num_items)
     if heading in WITHOUT_ENTROPY:
         names, _ = inputs(part)
-        log_p = names["teacher"].log_softmax(-1)
+        teacher = names["teacher_hidden"] @ names["teacher_weight"].T if "hidden" in before else names["teacher"]
+        log_p = teacher.log_softmax(-1)
         entropy = kept_mean(-(log_p.exp() * log_p).sum(-1), names["labels"])
         want = want - WITHOUT_ENTROPY[heading] * entropy
     assert want.item() > 1e-3

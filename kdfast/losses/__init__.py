@@ -11,6 +11,7 @@ from kdfast.losses.divergence import (
     dkd_loss,
     kd_loss,
 )
+from kdfast.losses.linear import LinearDistillationLoss, linear_distillation_loss
 from kdfast.losses.module import LossModule, LossOutput
 from kdfast.losses.relations import (
     TokenContextLoss,
@@ -41,6 +42,8 @@ from kdfast.losses.selective import (
     selective_kd_loss,
 )
 from kdfast.losses.sinkhorn import SinkhornDivergence, SinkhornKDLoss, sinkhorn_divergence, sinkhorn_kd_loss
+from kdfast.losses.sparse import SparseKDLoss, sparse_kd_loss
+from kdfast.ops.sparse_divergence import SampledTeacher, TopKTeacher
 
 __all__ = [
     "CrossEntropyLoss",
@@ -49,18 +52,22 @@ __all__ = [
     "DivergenceLoss",
     "ImportanceLoadLoss",
     "KDLoss",
+    "LinearDistillationLoss",
     "LoadBalancingLoss",
     "LossModule",
     "LossOutput",
     "RegionSelection",
     "RegionSelectiveLoss",
     "RouterZLoss",
+    "SampledTeacher",
     "SelectiveKDLoss",
     "SinkhornDivergence",
     "SinkhornKDLoss",
+    "SparseKDLoss",
     "TokenContextLoss",
     "TokenContrastLoss",
     "TokenGraphLoss",
+    "TopKTeacher",
     "UniformKLLoss",
     "UsageCVLoss",
     "cross_entropy_loss",
@@ -70,6 +77,7 @@ __all__ = [
     "entropy_rows",
     "importance_load_loss",
     "kd_loss",
+    "linear_distillation_loss",
     "load_balancing_loss",
     "region_selection",
     "region_selective_loss",
@@ -77,6 +85,7 @@ __all__ = [
     "selective_kd_loss",
     "sinkhorn_divergence",
     "sinkhorn_kd_loss",
+    "sparse_kd_loss",
     "token_context_loss",
     "token_contrast_loss",
     "token_graph_loss",

@@ -1,6 +1,7 @@
 """The ops. Each file holds the equation, the plain-torch reference, the registration and the public function."""
 
 from kdfast.ops.divergence import divergence, divergence_reference
+from kdfast.ops.linear_divergence import linear_divergence
 from kdfast.ops.mmd import mmd_bandwidths, pairwise_mmd, pairwise_mmd_reference
 from kdfast.ops.pairwise import pairwise_cost, pairwise_cost_reference, pairwise_infonce, pairwise_infonce_reference
 from kdfast.ops.relation import relation_kl, relation_kl_reference, relation_mse, relation_mse_reference, relation_table
@@ -10,13 +11,16 @@ from kdfast.ops.routing_noise import drop_second_choice, jitter, noisy_logits
 from kdfast.ops.routing_plan import Plan, combine, dispatch, expert_capacity, make_plan
 from kdfast.ops.selective import SelectiveKL, selective_kl, selective_kl_reference
 from kdfast.ops.sinkhorn import SinkhornOutput, sinkhorn, sinkhorn_cost, sinkhorn_cost_reference, sinkhorn_reference
+from kdfast.ops.sparse_divergence import SampledTeacher, TopKTeacher, sparse_divergence
 from kdfast.ops.token_graph import knn_graph, knn_graph_reference, token_graph_kl, token_graph_kl_reference
 
 __all__ = [
     "Plan",
     "Routing",
+    "SampledTeacher",
     "SelectiveKL",
     "SinkhornOutput",
+    "TopKTeacher",
     "combine",
     "dense_weights",
     "dispatch",
@@ -29,6 +33,7 @@ __all__ = [
     "jitter",
     "knn_graph",
     "knn_graph_reference",
+    "linear_divergence",
     "make_plan",
     "mmd_bandwidths",
     "noisy_logits",
@@ -51,6 +56,7 @@ __all__ = [
     "sinkhorn_cost",
     "sinkhorn_cost_reference",
     "sinkhorn_reference",
+    "sparse_divergence",
     "token_graph_kl",
     "token_graph_kl_reference",
 ]

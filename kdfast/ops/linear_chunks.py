@@ -1,0 +1,366 @@
+"""The chunk loop of `kdfast.ops.linear_divergence` on the CPU: what is alive of the logits, and what becomes of it.
+
+Per chunk of rows, for each model one buffer that all chunks share:
+
+    x = cap tanh(scale (hidden W^T + bias) / cap)           a product of torch.mm into the buffer
+    x <- final gradient of the loss with respect to it      one pass of the compiled core, in place
+    dhidden[rows] = scale x W     dW += scale x^T hidden    dbias += scale sum x
+
+So no logits but one chunk of the student and one of the teacher exist. The core reads an element before it writes its
+gradient there, which makes the pass in place safe (`test_the_gradient_may_lie_over_the_logits`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast import _core
+from kdfast._library import address, compute_dtype, operand
+from kdfast.ops.divergence import N_STATS, cross_entropy_rows
+from kdfast.ops.sparse_divergence import (
+    BLOCK_BYTES,
+    bucket_logits,
+    bucket_logits_backward,
+    row_blocks,
+    tail_floor,
+    teacher_buckets,
+)
+
+CHUNK_BYTES = 64 << 20  # one chunk of logits: products of that many rows run at full speed
+# A float32 block of a weight's gradient. Above 32 MB glibc gives a block back to the system as soon as it is freed.
+GRADIENT_BYTES = 40 << 20
+
+Rows = slice | Tensor  # the rows of a chunk: neighbours, or the kept ones among ignored rows
+
+
+class Options(NamedTuple):
+    """What all passes share. Caps: 0 is none."""
+
+    kind: str
+    a: float
+    b: float
+    temperature: float
+    classes: int
+    kd_factor: float
+    ce_factor: float
+    student_scale: float
+    teacher_scale: float
+    student_cap: float
+    teacher_cap: float
+    chunk_rows: int
+
+
+def logits_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """bfloat16 for a bfloat16 model, as the model's own head gives them: float32 products would run 4 times slower on a
+    CPU and hold twice the bytes. float32 for float16, whose gradients underflow before a loss scaler's factor comes.
+    """
+    if hidden.dtype == weight.dtype == torch.bfloat16:
+        return torch.bfloat16
+    return compute_dtype(hidden, weight)
+
+
+def default_chunk_rows(classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    if device.type not in ("cpu", "meta"):
+        return 2048
+    rows = CHUNK_BYTES // (classes * dtype.itemsize) // 16 * 16
+    return min(max(rows, 16), 4096)
+
+
+def row_chunks(rows: int, kept: Tensor | None, chunk_rows: int) -> Iterator[Rows]:
+    """Chunks of all rows, or of those whose numbers are `kept`."""
+    if kept is None or len(kept) == rows:
+        for start in range(0, rows, chunk_rows):
+            yield slice(start, min(start + chunk_rows, rows))
+    else:
+        yield from kept.split(chunk_rows) if len(kept) else ()
+
+
+def pick(tensor: Tensor | None, rows: Rows) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+@contextlib.contextmanager
+def row_context(rows: Rows) -> Iterator[None]:
+    """The core counts rows from the start of its chunk; an error about a value says which chunk that was."""
+    try:
+        yield
+    except ValueError as error:
+        where = (
+            f"rows {rows.start} to {rows.stop}"
+            if isinstance(rows, slice)
+            else f"the kept ones of rows {int(rows[0])} to {int(rows[-1])}"
+        )
+        raise ValueError(f"{error} (of a chunk: {where})") from error
+
+
+def blocks(count: int, step: int) -> Iterator[slice]:
+    step = max(step, 1)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def huge(buffer: Tensor) -> Tensor:
+    """A buffer that is about to be written for the first time, on huge pages: a tenth of the page faults' time."""
+    if buffer.numel():
+        _core.core.advise_huge(buffer.data_ptr(), buffer.numel() * buffer.element_size())
+    return buffer
+
+
+class Model:
+    """One side of the loss: hidden states with a head, or (weight None) logits that exist. Makes chunks, takes gradients."""
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: float,
+        classes: int,
+        needs: tuple[bool, bool, bool] = (False, False, False),
+    ) -> None:
+        self.inputs, self.scale, self.classes = inputs, scale, classes
+        self.full_weight, self.full_bias = weight, bias
+        self.weight = None if weight is None else weight[:classes]
+        self.bias = None if bias is None else bias[:classes]
+        self.dtype = inputs.dtype if weight is None else logits_dtype(inputs, weight)
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.buffer: Tensor | None = None
+        self.first = True
+        self.needed = any(needs)
+        self.grad_inputs = torch.zeros_like(inputs, dtype=stored(inputs), memory_format=torch.contiguous_format) if needs[0] else None  # fmt: skip
+        self.weight_blocks: list[Tensor] | None = None
+        self.grad_weight: Tensor | None = None
+        if needs[1] and weight is not None:
+            if weight.dtype == torch.bfloat16:
+                self.weight_blocks = [
+                    huge(weight.new_empty(at.stop - at.start, weight.shape[1], dtype=torch.float32))
+                    for at in blocks(classes, GRADIENT_BYTES // (4 * weight.shape[1]))
+                ]
+            else:
+                self.grad_weight = huge(weight.new_empty(weight.shape, dtype=self.wide))
+        self.grad_bias = None if bias is None or not needs[2] else bias.new_zeros(classes, dtype=self.wide)
+
+    def chunk(self, rows: Rows) -> Tensor:
+        """Logits [n, C], to be overwritten by their gradient if one is needed; before the soft cap."""
+        inputs = self.inputs[rows]
+        if self.weight is None:
+            return inputs.clone() if self.needed and isinstance(rows, slice) else inputs
+        if self.buffer is None or len(self.buffer) < len(inputs):
+            self.buffer = huge(inputs.new_empty(len(inputs), self.classes, dtype=self.dtype))
+        out = self.buffer[: len(inputs)]
+        if self.weight.dtype == self.dtype:
+            return product(inputs.to(self.dtype), self.weight.T, self.scale, out, self.bias)
+        inputs = inputs.to(self.dtype)
+        for at in self._head_blocks():  # a float32 copy of the whole head would be as large as its gradient
+            bias = None if self.bias is None else self.bias[at]
+            product(inputs, self.weight[at].to(self.dtype).T, self.scale, out[:, at], bias)
+        return out
+
+    def _head_blocks(self) -> Iterator[slice]:
+        assert self.weight is not None
+        yield from blocks(self.classes, BLOCK_BYTES // (4 * max(self.weight.shape[1], 1)))
+
+    def take(self, grad: Tensor, rows: Rows) -> None:
+        """Adds what the gradient of a chunk's logits means for inputs, weight and bias."""
+        if self.weight is None:
+            if self.grad_inputs is not None:
+                self.grad_inputs[rows] = grad.to(self.grad_inputs.dtype)
+            return
+        if self.grad_inputs is not None:
+            self.grad_inputs[rows] = self._times_weight(grad).to(self.grad_inputs.dtype)
+        if self.grad_weight is not None:
+            hidden = self.inputs[rows].to(self.wide)
+            if self.first:  # written, not zeroed and added to
+                product(grad.T, hidden, self.scale, self.grad_weight[: self.classes])
+            else:
+                self.grad_weight[: self.classes].addmm_(grad.T, hidden, alpha=self.scale)
+        if self.weight_blocks is not None:
+            self._add_by_blocks(grad, self.inputs[rows])
+        if self.grad_bias is not None:
+            self.grad_bias.add_(grad.sum(0, dtype=self.wide), alpha=self.scale)
+        self.first = False
+
+    def _times_weight(self, grad: Tensor) -> Tensor:
+        assert self.weight is not None
+        width = self.weight.shape[1]
+        if self.weight.dtype == grad.dtype:
+            return product(grad, self.weight, self.scale, grad.new_empty(len(grad), width))
+        total = grad.new_zeros(len(grad), width)
+        for at in self._head_blocks():
+            total.addmm_(grad[:, at], self.weight[at].to(grad.dtype), alpha=self.scale)
+        return total
+
+    def _add_by_blocks(self, grad: Tensor, hidden: Tensor) -> None:
+        """bfloat16 weights: the products of a chunk are bfloat16, their sum over chunks is float32.
+
+        The product is cut along the features: one with a column slice of the chunk is 8 times slower (measured). The sum is
+        cut along the classes, so that a finished part of it can be freed.
+        """
+        assert self.weight_blocks is not None
+        for at in blocks(hidden.shape[1], max(GRADIENT_BYTES // (2 * self.classes) // 64 * 64, 64)):
+            part = torch.mm(grad.T, hidden[:, at].to(grad.dtype))  # [C, few features]
+            start = 0
+            for block in self.weight_blocks:
+                rows = part[start : start + len(block)]
+                start += len(block)
+                if not self.first:
+                    block[:, at].add_(rows, alpha=self.scale)
+                elif self.scale == 1.0:
+                    block[:, at] = rows
+                else:
+                    torch.mul(rows, self.scale, out=block[:, at])
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of inputs, weight and bias; empty where not asked for."""
+        self.buffer = None
+        grad_inputs, grad_weight, grad_bias = (
+            self.inputs.new_empty(0) for _ in range(3)
+        )  # an op's results may not be one
+        if self.weight_blocks is not None:
+            assert self.full_weight is not None
+            if self.first:
+                grad_weight = torch.zeros_like(self.full_weight, memory_format=torch.contiguous_format)
+            else:
+                grad_weight = huge(torch.empty_like(self.full_weight, memory_format=torch.contiguous_format))
+                grad_weight[self.classes :] = 0
+                start = 0
+                while self.weight_blocks:  # each freed once it is rounded: two whole copies never exist
+                    block = self.weight_blocks.pop(0)
+                    grad_weight[start : start + len(block)] = block
+                    start += len(block)
+                    del block
+        elif self.grad_weight is not None:
+            assert self.full_weight is not None
+            grad_weight = self.grad_weight
+            grad_weight[0 if self.first else self.classes :] = 0
+            grad_weight = grad_weight.to(stored(self.full_weight))
+        if self.grad_bias is not None:
+            assert self.full_bias is not None
+            grad_bias = self.full_bias.new_zeros(self.full_bias.shape, dtype=stored(self.full_bias))
+            grad_bias[: self.classes] = self.grad_bias
+        if self.grad_inputs is not None:
+            grad_inputs = self.grad_inputs
+        return grad_inputs, grad_weight, grad_bias
+
+
+def stored(tensor: Tensor) -> torch.dtype:
+    """The dtype of a gradient kept until the upstream factor comes (`final_gradient_like`)."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+def product(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out = scale (a b + bias), rounded once."""
+    if bias is not None:
+        return torch.addmm(bias.to(out.dtype), a, b, beta=scale, alpha=scale, out=out)
+    if scale == 1.0:
+        return torch.mm(a, b, out=out)
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+# ---------------------------------------------------------------- one chunk: values, and gradients in place
+def _core_sum(student, teacher, labels, row_weight, o: Options, need_student, need_teacher) -> Tensor:
+    """(sum of weighted divergences, of weighted cross-entropies); gradients over the logits they belong to."""
+    dtype = compute_dtype(student, teacher)
+    loss, parts = torch.empty((), dtype=dtype), torch.empty(2, dtype=dtype)
+    none = student.new_empty(0)
+    _core.core.divergence_sum(
+        *operand(student), *operand(teacher), student.shape, teacher.shape[1], 1, o.classes, o.kind, o.a, o.b, o.temperature,
+        address(labels), 0, address(row_weight), o.kd_factor, o.ce_factor, 0.0,
+        *operand(student if need_student else none), *operand(teacher if need_teacher else none), address(loss), address(parts),
+    )  # fmt: skip
+    return parts.double()
+
+
+def _capped(logits: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
+    """(logits after the soft cap in float32, its slope)."""
+    wide = logits.to(compute_dtype(logits), copy=True)
+    if cap == 0:
+        return wide, None
+    wide.div_(cap).tanh_()
+    slope = 1 - wide * wide
+    return wide.mul_(cap), slope
+
+
+def dense_sum(student, teacher, labels, row_weight, o: Options, need_student, need_teacher) -> Tensor:
+    if o.student_cap == 0 and o.teacher_cap == 0:
+        return _core_sum(student, teacher, labels, row_weight, o, need_student, need_teacher)
+    total = torch.zeros(2, dtype=torch.float64)
+    for at in row_blocks(student):
+        (x, x_slope), (z, z_slope) = _capped(student[at], o.student_cap), _capped(teacher[at], o.teacher_cap)
+        total += _core_sum(x, z, pick(labels, at), pick(row_weight, at), o, need_student, need_teacher)
+        for need, to, grad, slope in ((need_student, student, x, x_slope), (need_teacher, teacher, z, z_slope)):
+            if need:
+                to[at] = grad if slope is None else grad.mul_(slope)
+    return total
+
+
+def dense_rows(student, teacher, labels, o: Options) -> tuple[Tensor, Tensor]:
+    """(divergences, cross-entropies) of the rows of a chunk."""
+    dtype = compute_dtype(student, teacher)
+    kd, ce = torch.zeros(len(student), dtype=dtype), torch.zeros(len(student), dtype=dtype)
+    capped = o.student_cap != 0 or o.teacher_cap != 0
+    for at in row_blocks(student) if capped or o.ce_factor != 0 else (slice(0, len(student)),):
+        x, z = student[at], teacher[at]
+        if capped:
+            x, z = _capped(x, o.student_cap)[0], _capped(z, o.teacher_cap)[0]
+        stats = torch.empty([N_STATS, len(x)], dtype=dtype)
+        _core.core.divergence_rows(
+            *operand(x), *operand(z), x.shape, z.shape[1], 1, o.classes, o.kind, o.a, o.b, o.temperature,
+            address(pick(labels, at) if o.kind == "dkd" else None), 0, address(kd[at]), address(stats),
+        )  # fmt: skip
+        if o.ce_factor != 0:
+            ce[at] = _cross_entropy(x, labels[at], o.classes)
+    return kd, ce
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
+    return cross_entropy_rows(logits, labels, torch.ones_like(labels, dtype=torch.bool), classes, -1, 0.0)
+
+
+def sparse_rows(student, log_probs, ids, tail, labels, o: Options) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(student)
+    kd, ce = torch.zeros(len(student), dtype=dtype), torch.zeros(len(student), dtype=dtype)
+    for at in row_blocks(student):
+        x = _capped(student[at], o.student_cap)[0] if o.student_cap != 0 else student[at]
+        buckets = bucket_logits(x, ids[at], o.temperature)
+        target = teacher_buckets(log_probs[at], ids[at], tail[at], buckets, tail_floor(o.kind, o.a))
+        kd[at] = torch.ops.kdfast.divergence_rows(
+            buckets, target, None, None, o.kind, o.a, o.b, 1.0, buckets.shape[1], 1
+        )[0]
+        if o.ce_factor != 0:
+            ce[at] = _cross_entropy(x, labels[at], o.classes)
+    return kd, ce
+
+
+def sparse_sum(student, log_probs, ids, tail, labels, row_weight, o: Options, need_student) -> Tensor:
+    """As dense_sum, for a teacher known by a few classes and the mass of the rest (`kdfast.ops.sparse_divergence`)."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for at in row_blocks(student):
+        x, slope = _capped(student[at], o.student_cap)
+        weight = x.new_ones(len(x)) if row_weight is None else row_weight[at]
+        buckets = bucket_logits(x, ids[at], o.temperature)
+        target = teacher_buckets(log_probs[at], ids[at], tail[at], buckets, tail_floor(o.kind, o.a))
+        _, parts, grad_buckets, _ = torch.ops.kdfast.divergence_sum(
+            buckets, target, None, None, weight, o.kind, o.a, o.b, 1.0, buckets.shape[1], 1, o.kd_factor, 0.0, 0.0, need_student, False
+        )  # fmt: skip
+        total[0] += parts[0].double()
+        q = None
+        if o.ce_factor != 0:
+            log_sum = x.logsumexp(-1)
+            hit = x.gather(-1, labels[at].unsqueeze(-1)).squeeze(-1)
+            total[1] += ((log_sum - hit) * weight).sum(dtype=torch.float64)
+            if need_student:
+                q = (x - log_sum.unsqueeze(-1)).exp_()
+                q.scatter_add_(1, labels[at].unsqueeze(-1), q.new_full((len(x), 1), -1.0))
+                q.mul_((weight * o.ce_factor).unsqueeze(-1))
+        if need_student:
+            grad = bucket_logits_backward(grad_buckets, x, ids[at], buckets, o.temperature)
+            if q is not None:
+                grad.add_(q)
+            student[at] = grad if slope is None else grad.mul_(slope)
+    return total

@@ -1,0 +1,506 @@
+"""Output layer, divergence and cross-entropy in one op: no logits in memory but a chunk of rows of each model.
+
+    x_i = f(scale (W h_i + b))      f(a) = a, or cap tanh(a / cap)          logits of row i, [C]
+    z_i                             likewise from the teacher's hidden states and head, or its logits as they are
+    L_i = kd_weight D(z_i, x_i; T) + ce_weight CE(x_i, label_i)             D: `kdfast.ops.divergence`, its kinds
+
+    dL/dh_i = scale W^T g_i      dL/dW = scale sum_i g_i h_i^T      dL/db = scale sum_i g_i       g_i = (dL/dx_i) f'
+
+The weighted sum over rows makes its final gradients in the forward, chunk by chunk: the gradient of a chunk's logits is
+written over them, multiplied out into dh and dW (summed in float32 over the chunks), and gone. Rows (no `row_weight`) keep
+the inputs and compute the chunks again in the backward, with the upstream factor of each row.
+
+Rows of weight 0 are left out before the products. `linear_chunks.py` is the loop; without the compiled core (and under
+backend="reference") the chunks are checkpointed calls of the reference.
+
+The logits of a bfloat16 model are bfloat16, as its own head would return them, all else is float32: on the CPU a product with
+float32 results takes 4 times as long. Those of a float16 model are float32, since their gradients would underflow.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kdfast._checks import check_float_tensor, check_labels, check_number, check_row_tensor
+from kdfast._dispatch import choose, core_reason
+from kdfast._library import (
+    apply_function,
+    compute_dtype,
+    contiguous,
+    eager_form,
+    first_derivative_only,
+    lib,
+    readable,
+    scale_gradient,
+    transforms_active,
+)
+from kdfast.ops import linear_chunks as chunks
+from kdfast.ops.divergence import _check_kind, cross_entropy_rows, divergence_reference
+from kdfast.ops.linear_chunks import Model, Options, default_chunk_rows, logits_dtype, pick, row_chunks
+from kdfast.ops.sparse_divergence import (
+    SampledTeacher,
+    TopKTeacher,
+    bucket_logits_reference,
+    check_sparse,
+    check_vocab_size,
+    listed,
+    tail_floor,
+    teacher_buckets,
+)
+
+PerModel = float | tuple[float | None, float | None] | None  # for both models, or (student, teacher)
+
+
+class Inputs(NamedTuple):
+    """Tensors of the ops, rows flattened. teacher: hidden states (with teacher_weight), logits, or listed log-probabilities (with ids)."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    teacher: Tensor  # [N, D'], [N, V'] or [N, K]
+    teacher_weight: Tensor | None  # [V', D']
+    teacher_bias: Tensor | None  # [V']
+    ids: Tensor | None  # [N, K]
+    tail: Tensor | None  # [N]
+    labels: Tensor | None  # [N]
+    row_weight: Tensor | None  # [N]; a row of weight 0 is not read
+
+
+# ---------------------------------------------------------------- reference: the definition, with every option
+def linear_divergence_reference(inputs: Inputs, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, D, CE) of every row, unweighted; 0 where row_weight is 0. All logits at once, in plain torch; any order of derivative."""
+    x = head_logits(inputs.hidden, inputs.weight, inputs.bias, o.student_scale, o.student_cap, o.classes)
+    if inputs.ids is not None:
+        assert inputs.tail is not None
+        buckets = bucket_logits_reference(x, inputs.ids, o.temperature)
+        target = teacher_buckets(inputs.teacher, inputs.ids, inputs.tail, buckets.detach(), tail_floor(o.kind, o.a))
+        x_kd, z, temperature = buckets, target, 1.0
+    else:
+        x_kd, z, temperature = x, inputs.teacher, o.temperature
+        if inputs.teacher_weight is not None:
+            z = head_logits(z, inputs.teacher_weight, inputs.teacher_bias, o.teacher_scale, o.teacher_cap, o.classes)
+        z = z[:, : o.classes]
+    keep = (
+        torch.ones_like(inputs.hidden[:, 0], dtype=torch.bool) if inputs.row_weight is None else inputs.row_weight != 0
+    )
+    labels = None if inputs.labels is None else torch.where(keep, inputs.labels, 0)
+    beta = (o.a, o.b) if o.kind == "dkd" else o.a
+    dead = keep.logical_not().unsqueeze(-1)  # rows that may hold anything
+    kd = divergence_reference(
+        x_kd.masked_fill(dead, 0.0), z.masked_fill(dead, 0.0), kind=o.kind, beta=beta, temperature=temperature,
+        labels=labels if o.kind == "dkd" else None,
+    ).masked_fill(~keep, 0.0)  # fmt: skip
+    ce = torch.zeros_like(kd)
+    if o.ce_factor != 0:
+        assert labels is not None
+        ce = cross_entropy_rows(x, labels, keep, o.classes, -1, 0.0)
+    return _total(kd, ce, o), kd, ce
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float, classes: int) -> Tensor:
+    dtype = logits_dtype(hidden, weight)
+    logits = hidden.to(dtype) @ weight[:classes].to(dtype).T  # [N, C]
+    if bias is not None:
+        logits = logits + bias[:classes].to(dtype)
+    logits = logits * scale
+    return logits if cap == 0 else torch.tanh(logits.to(compute_dtype(logits)) / cap) * cap
+
+
+def _total(kd: Tensor, ce: Tensor, o: Options) -> Tensor:
+    """A term of factor 0 is left out: 0 times an infinite divergence is not 0."""
+    return sum((f * t for f, t in ((o.kd_factor, kd), (o.ce_factor, ce)) if f != 0), start=torch.zeros_like(kd))
+
+
+# ---------------------------------------------------------------- registration
+_TENSORS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? ids, "
+    "Tensor? tail, Tensor? labels, Tensor? row_weight"
+)
+_OPTIONS = (
+    "str kind, float a, float b, float temperature, int classes, float kd_factor, float ce_factor, float student_scale, "
+    "float teacher_scale, float student_cap, float teacher_cap, int chunk_rows"
+)
+N_TENSORS = len(Inputs._fields)
+
+lib.define(f"linear_divergence_rows({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+lib.define(
+    f"linear_divergence_sum({_TENSORS}, {_OPTIONS}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _dtype(inputs: Inputs) -> torch.dtype:
+    tensors = (inputs.hidden, inputs.weight, inputs.teacher, inputs.teacher_weight)
+    return compute_dtype(*(t for t in tensors if t is not None))
+
+
+@torch.library.register_fake("kdfast::linear_divergence_rows")
+def _(*args):
+    inputs = Inputs(*args[:N_TENSORS])
+    return tuple(inputs.hidden.new_empty(inputs.hidden.shape[0], dtype=_dtype(inputs)) for _ in range(3))
+
+
+@torch.library.register_fake("kdfast::linear_divergence_sum")
+def _(*args):
+    inputs, needs = Inputs(*args[:N_TENSORS]), args[-1]
+    new = inputs.hidden.new_empty
+    grads = (
+        new(t.shape, dtype=chunks.stored(t)) if need and t is not None else new(0) for t, need in zip(inputs[:6], needs)
+    )
+    return new((), dtype=_dtype(inputs)), new(2, dtype=_dtype(inputs)), *grads
+
+
+def _prepared(inputs: Inputs) -> tuple[Inputs, Tensor | None]:
+    """Small tensors in the core's types, and the numbers of the rows that are kept (None: all)."""
+    kept = None if inputs.row_weight is None else inputs.row_weight.nonzero().squeeze(-1)
+    if kept is not None and len(kept) == len(inputs.hidden):
+        kept = None
+    inputs = inputs._replace(
+        labels=contiguous(inputs.labels, torch.int64), ids=contiguous(inputs.ids, torch.int64),
+        row_weight=contiguous(inputs.row_weight, _dtype(inputs)),
+    )  # fmt: skip
+    return inputs, kept
+
+
+def _sides(inputs: Inputs, o: Options, needs=(False,) * 6) -> tuple[Model, Model]:
+    hidden, weight, bias, teacher, teacher_weight, teacher_bias = inputs[:6]
+    return (
+        Model(hidden, weight, bias, o.student_scale, o.classes, tuple(needs[:3])),
+        Model(teacher, teacher_weight, teacher_bias, o.teacher_scale, o.classes, tuple(needs[3:])),
+    )
+
+
+@torch.library.impl(lib, "linear_divergence_rows", "CPU")
+def _rows_cpu(*args):
+    o = Options(*args[N_TENSORS:])
+    inputs, kept = _prepared(Inputs(*args[:N_TENSORS]))
+    out = [torch.zeros(len(inputs.hidden), dtype=_dtype(inputs)) for _ in range(3)]
+    with torch.autocast("cpu", enabled=False):  # inputs are taken as they are
+        student, teacher = _sides(inputs, o)
+        for rows in row_chunks(len(inputs.hidden), kept, o.chunk_rows):
+            x, z = student.chunk(rows), teacher.chunk(rows)
+            labels = pick(inputs.labels, rows)
+            with chunks.row_context(rows):
+                if inputs.ids is None:
+                    kd, ce = chunks.dense_rows(x, z, labels, o)
+                else:
+                    kd, ce = chunks.sparse_rows(x, z, inputs.ids[rows], inputs.tail[rows], labels, o)
+            for to, value in zip(out, (_total(kd, ce, o), kd, ce)):
+                to[rows] = value.to(to.dtype)
+    return tuple(out)
+
+
+@torch.library.impl(lib, "linear_divergence_sum", "CPU")
+def _sum_cpu(*args):
+    o, needs = Options(*args[N_TENSORS:-1]), args[-1]
+    inputs, kept = _prepared(Inputs(*args[:N_TENSORS]))
+    need_student, need_teacher = any(needs[:3]), any(needs[3:])
+    parts = torch.zeros(2, dtype=torch.float64)
+    with torch.autocast("cpu", enabled=False):
+        student, teacher = _sides(inputs, o, needs)
+        for rows in row_chunks(len(inputs.hidden), kept, o.chunk_rows):
+            x, z = student.chunk(rows), teacher.chunk(rows)
+            labels, weight = pick(inputs.labels, rows), pick(inputs.row_weight, rows)
+            with chunks.row_context(rows):
+                if inputs.ids is None:
+                    parts += chunks.dense_sum(x, z, labels, weight, o, need_student, need_teacher)
+                else:
+                    parts += chunks.sparse_sum(
+                        x, z, inputs.ids[rows], inputs.tail[rows], labels, weight, o, need_student
+                    )
+            if need_student:
+                student.take(x, rows)
+            if need_teacher:
+                teacher.take(z, rows)
+            del x, z
+        grads = *student.gradients(), *teacher.gradients()
+    return _total(parts[0], parts[1], o).to(_dtype(inputs)), parts.to(_dtype(inputs)), *grads
+
+
+# ---------------------------------------------------------------- autograd
+_rows_op = torch.ops.kdfast.linear_divergence_rows.default
+_sum_op = torch.ops.kdfast.linear_divergence_sum.default
+
+
+class _Rows(torch.autograd.Function):
+    """(L, D, CE) rows; the backward runs the sum with the upstream factors as weights. Only L has a gradient."""
+
+    @staticmethod
+    def forward(*args):
+        return _rows_op(*args[:N_TENSORS], *args[N_TENSORS])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:N_TENSORS])
+        ctx.options = inputs[N_TENSORS]
+        ctx.mark_non_differentiable(output[1], output[2])
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_rows, *_):
+        inputs = Inputs(*ctx.saved_tensors)
+        if inputs.row_weight is not None:
+            grad_rows = torch.where(inputs.row_weight != 0, grad_rows, 0.0)
+        needs = list(ctx.needs_input_grad[:6])
+        _, _, *grads = _sum_op(*inputs._replace(row_weight=grad_rows), *ctx.options, needs)
+        grads = [g.to(t.dtype) if need else None for g, t, need in zip(grads, inputs, needs)]
+        return *grads, *(None,) * (N_TENSORS - 5)
+
+
+_RowsEager = eager_form(_Rows)
+
+
+class _Sum(torch.autograd.Function):
+    """The weighted sum, which stores its final gradients."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        tensors, options = args[:N_TENSORS], args[N_TENSORS]
+        loss, parts, *grads = _sum_op(*tensors, *options, list(ctx.needs_input_grad[:6]))
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors[:6]]
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad_loss, _):
+        needed = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:6])
+        grads = [scale_gradient(grad, grad_loss, dtype) if need else None for grad, dtype, need in needed]
+        return *grads, *(None,) * (N_TENSORS - 5)
+
+
+def linear_divergence_total(
+    inputs: Inputs, o: Options, backend: str | None, *, rows: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, D, CE), for arguments that are checked: rows [N], or their sums weighted by row_weight (D and CE detached)."""
+    if _choose(inputs, o, backend) == "reference":
+        total, kd, ce = _checkpointed(inputs, o)
+        if rows:
+            return total, kd.detach(), ce.detach()
+        weight = torch.ones_like(total) if inputs.row_weight is None else inputs.row_weight.to(total.dtype)
+        kept = weight != 0
+        return tuple(torch.where(kept, t * weight, 0.0).sum() for t in (total, kd.detach(), ce.detach()))  # type: ignore[return-value]
+    if rows or transforms_active():
+        total, kd, ce = (
+            apply_function(_Rows, _RowsEager, *inputs, o) if torch.is_grad_enabled() else _rows_op(*inputs, *o)
+        )
+        if rows:
+            return total, kd, ce
+        weight = torch.ones_like(total) if inputs.row_weight is None else inputs.row_weight.to(total.dtype)
+        return tuple(torch.where(weight != 0, t * weight, 0.0).sum() for t in (total, kd, ce))  # type: ignore[return-value]
+    if torch.is_grad_enabled():
+        loss, parts = _Sum.apply(*inputs, o)
+    else:
+        loss, parts = _sum_op(*inputs, *o, [False] * 6)[:2]
+    return loss, parts[0], parts[1]
+
+
+def _checkpointed(inputs: Inputs, o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference by chunks of rows that the backward computes again: what devices without a core get."""
+    n = len(inputs.hidden)
+    if n <= o.chunk_rows or transforms_active() or torch.compiler.is_compiling():
+        return linear_divergence_reference(inputs, o)
+    # A half-precision head takes part as a float32 copy, so that autograd adds the chunks' gradients in float32.
+    heads = {name: getattr(inputs, name) for name in ("weight", "bias", "teacher_weight", "teacher_bias")}
+    wide = {
+        k: t.float() if t is not None and t.requires_grad and t.dtype.itemsize == 2 else t for k, t in heads.items()
+    }
+    hidden = {"weight": inputs.hidden, "teacher_weight": inputs.teacher}
+    narrow = [k for k, t in hidden.items() if heads[k] is not None and logits_dtype(t, heads[k]) == torch.bfloat16]
+
+    def one(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        part = Inputs(*tensors)  # type: ignore[arg-type]
+        return linear_divergence_reference(part._replace(**{k: getattr(part, k).bfloat16() for k in narrow}), o)
+
+    results = []
+    for rows in row_chunks(n, None, o.chunk_rows):
+        part = Inputs(*(t if k in heads else pick(t, rows) for k, t in zip(Inputs._fields, inputs)))  # type: ignore[arg-type]
+        results.append(checkpoint(one, *part._replace(**wide), use_reentrant=False, preserve_rng_state=False))
+    total, kd, ce = (torch.cat(column) for column in zip(*results))
+    return total, kd, ce
+
+
+# ---------------------------------------------------------------- public
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | TopKTeacher | SampledTeacher,
+    *,
+    teacher_weight: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    kind: str = "forward_kl",
+    beta: float | tuple[float, float] = 0.5,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    vocab_size: int | None = None,
+    softcap: PerModel = None,
+    logit_scale: PerModel = 1.0,
+    row_weight: Tensor | None = None,
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """kd_weight D + ce_weight CE of every row, from hidden states and output layers; equations at the top of this module.
+
+    Args:
+        student_hidden: [..., D]. student_weight: [V, D], as in nn.Linear. student_bias: [V].
+        teacher: one of: hidden states [..., D'] with teacher_weight [V', D'] (and teacher_bias [V']); logits or log-probabilities
+            [..., V'] (log-probabilities are logits, but for kind="binary"); a TopKTeacher; a SampledTeacher.
+        kind, beta, temperature: as in `kdfast.ops.divergence`; temperature a number.
+        labels: [...] integers in [0, C), for cross-entropy and kind="dkd"; those of rows of weight 0 may be anything.
+        kd_weight, ce_weight: factors of the two terms; a term of weight 0 is not computed into the sum.
+        vocab_size: C, the first so many classes of both models; needed when V and V' differ. The rest gets zero gradient.
+        softcap: c gives c tanh(logits / c); logit_scale multiplies the logits before it. One value for both models, or a pair
+            (student, teacher); a teacher given as logits is taken as it is.
+        row_weight: [...] weights; the result is then the scalar sum of weight * row, its gradients made in the forward.
+            Rows of weight 0 are left out before the products.
+        chunk_rows: rows of logits held at a time; None: 64 MiB of them on the CPU, 2048 rows on other devices.
+        backend: "cpu", "reference" or None for the best that can run.
+    Returns:
+        float32 rows [...] (float64 if an input is), or their weighted sum.
+    Differentiable once in hidden states, weights and biases of both models and in a teacher's logits, each only where it
+    requires grad: a frozen head costs nothing. `backend="reference"` gives every derivative.
+    Raises:
+        ValueError: two vocabulary sizes without vocab_size, labels or ids out of range, another temperature than a cache's.
+
+    >>> hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    >>> rows = linear_divergence(hidden, weight, torch.randn(6, 16), teacher_weight=torch.randn(50, 16), kind="js")
+    >>> rows.sum().backward()
+    """
+    inputs, o = check_linear(
+        student_hidden, student_weight, teacher, teacher_weight=teacher_weight, student_bias=student_bias,
+        teacher_bias=teacher_bias, kind=kind, beta=beta, temperature=temperature, labels=labels, kd_weight=kd_weight,
+        ce_weight=ce_weight, vocab_size=vocab_size, softcap=softcap, logit_scale=logit_scale, row_weight=row_weight,
+        chunk_rows=chunk_rows,
+    )  # fmt: skip
+    total = linear_divergence_total(inputs, o, backend, rows=row_weight is None)[0]
+    return total.reshape(student_hidden.shape[:-1]) if row_weight is None else total
+
+
+# ---------------------------------------------------------------- checks and choice
+def check_linear(
+    student_hidden, student_weight, teacher, *, teacher_weight, student_bias, teacher_bias, kind, beta, temperature, labels,
+    kd_weight, ce_weight, vocab_size, softcap, logit_scale, row_weight, chunk_rows,
+) -> tuple[Inputs, Options]:  # fmt: skip
+    """The arguments of `linear_divergence` as flat rows and options."""
+    widths = {"student_weight": _check_head("student", student_hidden, student_weight, student_bias)}
+    device, shape = student_hidden.device, student_hidden.shape[:-1]
+    sparse = isinstance(teacher, (TopKTeacher, SampledTeacher))
+    if not sparse:
+        check_float_tensor("teacher", teacher)
+        if teacher.device != device or teacher.shape[:-1] != shape or teacher.dim() == 0:
+            raise ValueError(
+                f"teacher: expected the rows of student_hidden, {tuple(shape)} on {device}, got shape {tuple(teacher.shape)} on {teacher.device}"
+            )
+    if teacher_weight is not None:
+        if sparse:
+            raise ValueError(f"teacher_weight: a {type(teacher).__name__} has no head, got a Tensor")
+        widths["teacher_weight"] = _check_head("teacher", teacher, teacher_weight, teacher_bias)
+    elif teacher_bias is not None:
+        raise ValueError("teacher_bias: expected None without teacher_weight, got a Tensor")
+    elif not sparse:
+        widths["teacher"] = teacher.shape[-1]
+    classes = check_vocab_size(vocab_size, widths)
+    check_number("temperature", temperature, low=0.0, open_low=True)
+    if sparse:
+        check_sparse(teacher, shape, classes, device, kind, beta, temperature)
+    a, b = _check_kind(kind, beta)
+    check_number("kd_weight", kd_weight)
+    check_number("ce_weight", ce_weight)
+    if kind == "dkd" or ce_weight != 0:
+        if labels is None:
+            raise ValueError(
+                f"labels: expected a Tensor for {'kind=' + repr(kind) if kind == 'dkd' else 'cross-entropy'}, got None"
+                + ("; ce_weight=0 leaves cross-entropy out" if kind != "dkd" else "")
+            )
+        check_labels(labels, shape, device)
+    elif labels is not None:
+        check_labels(labels, shape, device)
+        labels = None  # nothing reads them
+    if row_weight is not None:
+        check_row_tensor("row_weight", row_weight, shape, device)
+    scales = [float(check_number("logit_scale", v)) for v in _pair(logit_scale, 1.0)]
+    caps = [0.0 if v is None else check_number("softcap", v, low=0.0, open_low=True) for v in _pair(softcap, None)]
+    if teacher_weight is None:
+        scales[1], caps[1] = 1.0, 0.0
+    flat_labels = None if labels is None else labels.reshape(-1).long()
+    flat_weight = None if row_weight is None else row_weight.reshape(-1)
+    if flat_labels is not None and readable(flat_labels) and (flat_weight is None or readable(flat_weight)):
+        _check_label_values(flat_labels, flat_weight, classes)
+    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    ids, tail = None, None
+    if sparse:
+        ids, log_probs, tail = listed(teacher, compute_dtype(student_hidden, student_weight))
+        ids, tail, teacher = ids.reshape(-1, ids.shape[-1]), tail.reshape(-1), log_probs
+    teacher = teacher.reshape(-1, teacher.shape[-1])
+    if chunk_rows is None:
+        chunk_rows = default_chunk_rows(classes, logits_dtype(student_hidden, student_weight), device)
+    elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1:
+        raise ValueError(f"chunk_rows: expected an int >= 1 or None, got {chunk_rows!r}")
+    inputs = Inputs(
+        hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias, ids, tail, flat_labels, flat_weight
+    )
+    return inputs, Options(
+        kind, a, b, float(temperature), classes, float(kd_weight), float(ce_weight), scales[0], scales[1], caps[0], caps[1], chunk_rows
+    )  # fmt: skip
+
+
+def _pair(value: PerModel, otherwise: float | None) -> tuple:
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"softcap, logit_scale: expected one value or a pair (student, teacher), got {value!r}")
+        return tuple(otherwise if v is None else v for v in value)
+    return (otherwise, otherwise) if value is None else (value, value)
+
+
+def _check_label_values(labels: Tensor, row_weight: Tensor | None, classes: int) -> None:
+    bad = (labels < 0) | (labels >= classes)
+    if row_weight is not None:
+        bad &= row_weight != 0
+    if bool(bad.any()):
+        row = int(bad.int().argmax())
+        raise ValueError(f"labels: expected integers in [0, {classes}), got {int(labels[row])} at row {row}")
+
+
+def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """The number of classes of a head that fits these hidden states."""
+    name = "student_hidden" if side == "student" else "teacher"
+    check_float_tensor(name, hidden)
+    check_float_tensor(f"{side}_weight", weight)
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+        raise ValueError(
+            f"{side}_weight: expected [V, {hidden.shape[-1] if hidden.dim() else 'D'}] for hidden states {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    for what, tensor in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
+        if tensor is None:
+            continue
+        check_float_tensor(what, tensor)
+        if tensor.device != hidden.device:
+            raise ValueError(f"{what}: expected the device of {name} ({hidden.device}), got {tensor.device}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{side}_bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    return weight.shape[0]
+
+
+def _choose(inputs: Inputs, o: Options, backend: str | None) -> str:
+    def cpu() -> str | None:
+        if (why := core_reason()) is not None:
+            return why
+        if inputs.hidden.device.type not in ("cpu", "meta"):
+            return f"the tensors are on {inputs.hidden.device}"
+        if inputs.row_weight is not None and inputs.row_weight.requires_grad:
+            return "a gradient for row_weight comes from the reference only"
+        teachers = (inputs.teacher, inputs.teacher_weight, inputs.teacher_bias)
+        if o.kind == "dkd" and any(t is not None and t.requires_grad for t in teachers):
+            return "kind='dkd' has no fused teacher gradient"
+        return None
+
+    return choose("linear_divergence", backend, {"cpu": cpu}, inputs[:5])
