@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Development targets use the active environment if there is one.
 ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
 
-.PHONY: demo test test-isa sanitize lint check-install wheel bench experiments core clean
+.PHONY: demo test test-isa sanitize lint check-install wheel bench experiments methods-page leaderboard core clean
 
 # The environment: an editable install with the compiled core next to the sources, again when sources of the core change.
 # The test extra holds only what a first run needs; pip takes the build tools into an environment of its own.
@@ -72,6 +72,15 @@ bench: $(if $(VIRTUAL_ENV),,$(READY))
 # Experiments of the papers that benchmarks/results/methods/ does not hold yet; can be stopped and goes on where it was.
 experiments: $(if $(VIRTUAL_ENV),,$(READY))
 	$(ACTIVE) -m benchmarks.experiments
+	$(ACTIVE) tools/methods_page.py
+
+# docs/methods.md from the catalogue, the docstrings and the results of the experiments.
+methods-page: $(if $(VIRTUAL_ENV),,$(READY))
+	$(ACTIVE) tools/methods_page.py
+
+# Every classification method on the same teacher, student, data and seeds: docs/leaderboard.md; resumable.
+leaderboard: $(if $(VIRTUAL_ENV),,$(READY))
+	$(ACTIVE) -m benchmarks.leaderboard
 
 # The compiled core next to the Python sources, incremental: for development (needs pybind11, cmake and ninja).
 core:

@@ -172,7 +172,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "switch_dit", 36, "Switch Diffusion Transformer: Synergizing Denoising Tasks with Sparse Mixture-of-Experts",
-        "2403.09176", 2024, task="digits", needs=("diffusion time steps",), ops=("routing",), parts=("gate and balance terms",), status="ready",
+        "2403.09176", 2024, task="digit_diffusion", needs=("diffusion time steps",), ops=("routing",), parts=("gate and balance terms",), status="ready",
     ),
     Row(
         "s_kan", 37, "Activation Space Selectable Kolmogorov-Arnold Networks",

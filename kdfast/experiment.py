@@ -216,33 +216,39 @@ def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
 def _train_arm(
     task: Task, arm: Arm, seed: int, *, steps: int, out: Path, measure: Measure | None = None
 ) -> dict[str, Any]:
-    weights = out / "runs" / f"{arm.name}-{seed}.safetensors"
-    changes = {name: value for name in ("optimizer", "scheduler") if (value := getattr(task, name)) is not None}
-    common = _common(task, seed) | changes
+    taught = None if task.peers or arm.student is not None else out / "runs" / f"teacher-{seed}.safetensors"
+    distiller = distiller_of(task, arm, seed, taught)
+    return _fit(task, distiller, "student", seed, steps, out / "runs" / f"{arm.name}-{seed}.safetensors", measure)
+
+
+def distiller_of(task: Task, arm: Arm, seed: int, taught: Path | None = None, **changes: Any) -> Distiller:
+    """The Distiller of an arm: the task's models with the seed's initial weights, what the method asks for bound.
+
+    Args: taught: weights of the trained teacher, None for two students or models of the method's own. changes: of the Distiller.
+    """
+    own = {name: value for name in ("optimizer", "scheduler") if (value := getattr(task, name)) is not None}
+    common = _common(task, seed) | own | changes
     if arm.student is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             student = arm.student()
-        distiller = Distiller(student, None, arm.method or "", options=arm.options, **common)
-        return _fit(task, distiller, "student", seed, steps, weights, measure)
+        return Distiller(student, None, arm.method or "", options=arm.options, **common)
     student, other = models(task, seed)
     if arm.start is not None:
         load_model(student, out / "runs" / f"{arm.start}-{seed}.safetensors")
     torch.manual_seed(seed)  # for the parameters of the method
-    if not task.peers:
-        load_model(other, out / "runs" / f"teacher-{seed}.safetensors")
+    if taught is not None:
+        load_model(other, taught)
     if arm.method is None:
-        method: Any = Labels(task.ignore_index, trains_teacher=task.peers)
-        distiller = Distiller(student, other if task.peers else None, method, **common)
-    else:
-        kind = load(arm.method)
-        wanted, uses = getattr(kind, "captures", ()), getattr(kind, "uses_teacher", True)
-        distiller = Distiller(
-            student, other if uses else None, arm.method, options=bind(task, arm.method, arm.options),
-            capture={name: task.layers[name] if uses else (task.layers[name][0], None) for name in wanted},
-            widths={name: task.widths[name] for name in wanted}, **common,
-        )  # fmt: skip
-    return _fit(task, distiller, "student", seed, steps, weights, measure)
+        labels = Labels(task.ignore_index, trains_teacher=task.peers)
+        return Distiller(student, other if task.peers else None, labels, **common)
+    kind = load(arm.method)
+    wanted, uses = getattr(kind, "captures", ()), getattr(kind, "uses_teacher", True)
+    return Distiller(
+        student, other if uses else None, arm.method, options=bind(task, arm.method, arm.options),
+        capture={name: task.layers[name] if uses else (task.layers[name][0], None) for name in wanted},
+        widths={name: task.widths[name] for name in wanted}, **common,
+    )  # fmt: skip
 
 
 def _common(task: Task, seed: int) -> dict[str, Any]:
