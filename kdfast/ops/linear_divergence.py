@@ -28,10 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from kdfast._checks import check_float_tensor, check_labels, check_number, check_row_tensor
 from kdfast._dispatch import choose, core_reason
 from kdfast._library import (
-    apply_function,
+    applied,
     compute_dtype,
     contiguous,
-    eager_form,
     first_derivative_only,
     lib,
     readable,
@@ -251,7 +250,7 @@ class _Rows(torch.autograd.Function):
         return *grads, *(None,) * (N_TENSORS - 5)
 
 
-_RowsEager = eager_form(_Rows)
+_apply_rows = applied(_Rows)
 
 
 class _Sum(torch.autograd.Function):
@@ -286,9 +285,7 @@ def linear_divergence_total(
         kept = weight != 0
         return tuple(torch.where(kept, t * weight, 0.0).sum() for t in (total, kd.detach(), ce.detach()))  # type: ignore[return-value]
     if rows or transforms_active():
-        total, kd, ce = (
-            apply_function(_Rows, _RowsEager, *inputs, o) if torch.is_grad_enabled() else _rows_op(*inputs, *o)
-        )
+        total, kd, ce = _apply_rows(*inputs, o) if torch.is_grad_enabled() else _rows_op(*inputs, *o)
         if rows:
             return total, kd, ce
         weight = torch.ones_like(total) if inputs.row_weight is None else inputs.row_weight.to(total.dtype)

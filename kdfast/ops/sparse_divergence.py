@@ -36,9 +36,8 @@ from torch import Tensor
 from kdfast._checks import check_float_tensor, check_labels, check_number
 from kdfast._dispatch import forced_backend
 from kdfast._library import (
-    apply_function,
+    applied,
     compute_dtype,
-    eager_form,
     first_derivative_only,
     lib,
     readable,
@@ -216,7 +215,7 @@ class _Buckets(torch.autograd.Function):
         return backward(grad, student, ids, buckets, ctx.temperature), None, None
 
 
-_BucketsEager = eager_form(_Buckets)
+_apply_buckets = applied(_Buckets)
 
 
 # ---------------------------------------------------------------- public
@@ -264,7 +263,7 @@ def sparse_divergence(
         buckets = bucket_logits_reference(logits, ids, temperature)
     else:
         flat = logits.reshape(-1, classes)
-        buckets = apply_function(_Buckets, _BucketsEager, flat, ids.reshape(-1, ids.shape[-1]), float(temperature))
+        buckets = _apply_buckets(flat, ids.reshape(-1, ids.shape[-1]), float(temperature))
         buckets = buckets.reshape(ids.shape[:-1] + buckets.shape[-1:])
     target = teacher_buckets(log_probs, ids, tail, buckets.detach(), tail_floor(kind, beta))
     return divergence(buckets, target, kind=kind, beta=beta, row_weight=row_weight, backend=chosen)
