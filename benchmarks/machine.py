@@ -124,8 +124,10 @@ def resident() -> tuple[int, int]:
 def reset_peak() -> bool:
     """Sets the kernel's resident high-water mark of this process to what is resident now; False where that is not allowed.
 
-    First the allocator gives its free pages back: a block taken from a free list that is still resident would cost nothing.
+    First the allocator and kdfast give their free pages back: a block taken from a free list that is still resident would
+    cost nothing.
     """
+    kdfast.release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
         return False

@@ -30,11 +30,30 @@ void advise_huge(void* address, std::size_t bytes) {
 }
 
 namespace {
+// Straight from the system: pages of malloc's heap may be small ones that somebody touched before.
 void* map(std::size_t size) {
+#if defined(__linux__)
+  char* reserved = static_cast<char*>(mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (reserved == MAP_FAILED) throw std::bad_alloc();
+  const std::size_t before = (kHuge - reinterpret_cast<std::uintptr_t>(reserved) % kHuge) % kHuge;
+  if (before) munmap(reserved, before);
+  munmap(reserved + before + size, kHuge - before);
+  advise_huge(reserved + before, size);
+  return reserved + before;
+#else
   void* address = std::aligned_alloc(kHuge, size);
   if (!address) throw std::bad_alloc();
-  advise_huge(address, size);
   return address;
+#endif
+}
+
+void unmap(void* address, std::size_t size) {
+#if defined(__linux__)
+  munmap(address, size);
+#else
+  (void)size;
+  std::free(address);
+#endif
 }
 }  // namespace
 
@@ -80,7 +99,7 @@ void KeptMemory::give(void* address) {
   const Block block = *found;
   *found = out_.back();
   out_.pop_back();
-  if (block.size > limit_) return std::free(block.address);
+  if (block.size > limit_) return unmap(block.address, block.size);
   shrink(limit_ - block.size);
   idle_.push_back(block);
   idle_bytes_ += block.size;
@@ -92,7 +111,7 @@ void KeptMemory::give(void* address) {
 void KeptMemory::shrink(std::size_t target) {
   while (idle_bytes_ > target) {
     idle_bytes_ -= idle_.front().size;
-    std::free(idle_.front().address);
+    unmap(idle_.front().address, idle_.front().size);
     idle_.erase(idle_.begin());
   }
 }

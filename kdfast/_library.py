@@ -112,8 +112,11 @@ def scale_gradient(grad: Tensor, upstream: Tensor, dtype: torch.dtype | None = N
     exactly 1 (the usual case) then costs nothing. With retain_graph the caller gets a buffer of his own.
     """
     dtype = dtype or grad.dtype
-    if readable(upstream) and not _keeps_graph():
-        return (grad if upstream.item() == 1.0 else grad.mul_(upstream)).to(dtype)
+    if readable(upstream):
+        factor = upstream.item()  # a number times a bfloat16 tensor is vectorised, a float32 tensor times it is not
+        if _keeps_graph():
+            return (grad * factor).to(dtype)
+        return (grad if factor == 1.0 else grad.mul_(factor)).to(dtype)
     return grad * upstream.to(dtype) if grad.dtype == torch.float64 else (grad * upstream).to(dtype)
 
 

@@ -4,9 +4,11 @@
 // whenever a factor u or v leaves exp(+-drift), the iteration is done with exponentials, each row and column with its own
 // maximum, and K is built anew around the potentials it gave.
 //
-// Many small problems run side by side, one thread each; large ones one after the other, their rows shared by the threads.
+// Many small problems run side by side, one lane (sinkhorn_lanes.h) or one thread each; large ones one after the other, their
+// rows shared by the threads.
 #include "cpu/sinkhorn.h"
 
+#include "cpu/sinkhorn_lanes.h"
 #include "cpu/sinkhorn_reverse.h"
 
 namespace kdfast {
@@ -279,6 +281,32 @@ static void run_problems(const SinkhornCall& call, bool backward) {
   if (!sinkhorn_small(call)) return some(call.workspace, 0, call.batch);
   const std::size_t bytes = bytes_needed<T>(call, backward);
   const int64_t work = call.n * call.m * (call.iters + 8);  // a range is worth a thread from about 10 us on
+  if constexpr (sizeof(T) == 4) {
+    if (lanes_fit(call)) {
+      Arena counter{nullptr};
+      Group sizes;
+      take_group(counter, call, backward, sizes);
+      const int64_t groups = call.batch / kLanes, whole = groups * kLanes;
+      return parallel_for(groups + (whole < call.batch), 1 + 40000 / work, [&](int64_t begin, int64_t end) {
+        void* memory = thread_scratch(0, bytes);
+        Arena arena{static_cast<char*>(thread_scratch(1, counter.used))};
+        Group group;
+        take_group(arena, call, backward, group);
+        for (int64_t index = begin; index < end; ++index) {
+          group.first = index * kLanes;
+          if (index == groups) {
+            some(memory, whole, call.batch);
+          } else if (!backward) {
+            if (!solve_group(group)) some(memory, group.first, group.first + kLanes);
+          } else if (was_solved_in_lanes(group)) {
+            reverse_group(group);
+          } else {
+            some(memory, group.first, group.first + kLanes);
+          }
+        }
+      });
+    }
+  }
   parallel_for(call.batch, 1 + 200000 / work, [&](int64_t begin, int64_t end) { some(thread_scratch(0, bytes), begin, end); });
 }
 
