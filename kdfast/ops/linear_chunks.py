@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kdfast import _core
-from kdfast._library import address, compute_dtype, operand
+from kdfast._library import address, compute_dtype, new_empty, operand
 from kdfast.ops.divergence import N_STATS, cross_entropy_rows
 from kdfast.ops.sparse_divergence import (
     BLOCK_BYTES,
@@ -104,13 +104,6 @@ def blocks(count: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def huge(buffer: Tensor) -> Tensor:
-    """A buffer that is about to be written for the first time, on huge pages: a tenth of the page faults' time."""
-    if buffer.numel():
-        _core.core.advise_huge(buffer.data_ptr(), buffer.numel() * buffer.element_size())
-    return buffer
-
-
 class Model:
     """One side of the loss: hidden states with a head, or (weight None) logits that exist. Makes chunks, takes gradients."""
 
@@ -138,11 +131,11 @@ class Model:
         if needs[1] and weight is not None:
             if weight.dtype == torch.bfloat16:
                 self.weight_blocks = [
-                    huge(weight.new_empty(at.stop - at.start, weight.shape[1], dtype=torch.float32))
+                    weight.new_empty(at.stop - at.start, weight.shape[1], dtype=torch.float32)
                     for at in blocks(classes, GRADIENT_BYTES // (4 * weight.shape[1]))
                 ]
             else:
-                self.grad_weight = huge(weight.new_empty(weight.shape, dtype=self.wide))
+                self.grad_weight = new_empty(weight, tuple(weight.shape), self.wide)
         self.grad_bias = None if bias is None or not needs[2] else bias.new_zeros(classes, dtype=self.wide)
 
     def chunk(self, rows: Rows) -> Tensor:
@@ -151,7 +144,7 @@ class Model:
         if self.weight is None:
             return inputs.clone() if self.needed and isinstance(rows, slice) else inputs
         if self.buffer is None or len(self.buffer) < len(inputs):
-            self.buffer = huge(inputs.new_empty(len(inputs), self.classes, dtype=self.dtype))
+            self.buffer = new_empty(inputs, (len(inputs), self.classes), self.dtype)
         out = self.buffer[: len(inputs)]
         if self.weight.dtype == self.dtype:
             return product(inputs.to(self.dtype), self.weight.T, self.scale, out, self.bias)
@@ -226,7 +219,7 @@ class Model:
             if self.first:
                 grad_weight = torch.zeros_like(self.full_weight, memory_format=torch.contiguous_format)
             else:
-                grad_weight = huge(torch.empty_like(self.full_weight, memory_format=torch.contiguous_format))
+                grad_weight = new_empty(self.full_weight, tuple(self.full_weight.shape))
                 grad_weight[self.classes :] = 0
                 start = 0
                 while self.weight_blocks:  # each freed once it is rounded: two whole copies never exist
