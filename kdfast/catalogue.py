@@ -84,7 +84,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "kd_data_pruning", 14, "Distilling the Knowledge in Data Pruning",
-        "2403.07854", 2024, task="digits", needs=("teacher", "scores of samples"), ops=("divergence",), parts=(), status="planned",
+        "2403.07854", 2024, task="relabelled_digits", needs=("teacher", "scores of samples"), ops=("divergence",), parts=(), status="ready",
     ),
     Row(
         "lad", 15, "Make a Strong Teacher with Label Assistance: A Novel Knowledge Distillation Approach for Semantic Segmentation",

@@ -158,7 +158,7 @@ def run(
     pieces |= {arm.name: partial(_train_arm, task, arm, steps=steps, out=out, measure=measure) for arm in arms}
     rows: list[dict[str, Any]] = []
     total = seeds * len(names)
-    with _threads(task.threads):
+    with threads(task.threads):
         for seed in range(seeds):
             for name in names:
                 on_progress(f"seed {seed}: {name}", len(rows), total)
@@ -187,7 +187,8 @@ def _claim(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def threads(number: int | None) -> Iterator[None]:
+    """torch's threads inside the block: `number`, or as many as are set."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -265,7 +266,10 @@ def _fit(
     start = time.perf_counter()
     splits = task.splits(seed)
     epochs = max(1, round(steps / task.eval_every))
-    loader = task.train_loader(splits[part], max(1, steps // epochs))
+    data = splits[part]
+    if part == "student" and hasattr(distiller.method, "choose"):
+        data = distiller.method.choose(data, seed)
+    loader = task.train_loader(data, max(1, steps // epochs))
     loaders = {name: task.eval_loader(data) for name, data in splits.items()}
     distiller.fit(loader, epochs, eval_loader=loaders["val"])
     seconds = time.perf_counter() - start

@@ -20,6 +20,7 @@ TASKS = {
     "digit_maps_tail": "kdfast.data.digit_maps:digit_maps_tail_task",
     "digit_parity": "kdfast.data.digit_residues:residue_task",
     "mixed_digits": "kdfast.data.mixed_digits:mixed_digits_task",
+    "relabelled_digits": "kdfast.data.relabelled_digits:relabelled_digits_task",
     "digit_turns": "kdfast.data.digit_turns:digit_turns_task",
     "digit_tail": "kdfast.data.digit_tail:digit_tail_task",
 }

@@ -7,6 +7,7 @@ attributes are optional, and the base class `Method` holds their defaults; a pla
     trains_teacher  True: the second network learns too (two students that teach each other)
     starts_trained  True: the student has been trained before (a run by name takes the one that learned from labels alone)
     uses_teacher    False: there is no second network (a run by name leaves the teacher out)
+    choose          the part of the training data that a run by name takes, before its first step
     adapt           student -> student, once, when the Distiller is made (another head, several heads)
     start           called before the first step of `fit` with a Setup (class means, subclass directions, scores)
     prepare         batch -> batch, before either model sees it (mixing, views, noise and time step, label codes)
@@ -105,6 +106,10 @@ class Method(nn.Module):
     def adapt(self, student: nn.Module) -> nn.Module:
         """The student as this method trains, scores and saves it. May change it in place (`kdfast.nn.replace_head`)."""
         return student
+
+    def choose(self, data: Any, seed: int) -> Any:
+        """The training data of a run by name, e.g. a `torch.utils.data.Subset`; the same for the same seed."""
+        return data
 
     def prepare(self, batch: Any) -> Any:
         return batch
