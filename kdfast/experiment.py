@@ -218,14 +218,18 @@ def _train_arm(
     task: Task, arm: Arm, seed: int, *, steps: int, out: Path, measure: Measure | None = None
 ) -> dict[str, Any]:
     taught = None if task.peers or arm.student is not None else out / "runs" / f"teacher-{seed}.safetensors"
-    distiller = distiller_of(task, arm, seed, taught)
+    start = None if arm.start is None else out / "runs" / f"{arm.start}-{seed}.safetensors"
+    distiller = distiller_of(task, arm, seed, taught, start)
     return _fit(task, distiller, "student", seed, steps, out / "runs" / f"{arm.name}-{seed}.safetensors", measure)
 
 
-def distiller_of(task: Task, arm: Arm, seed: int, taught: Path | None = None, **changes: Any) -> Distiller:
+def distiller_of(
+    task: Task, arm: Arm, seed: int, taught: Path | None = None, start: Path | None = None, **changes: Any
+) -> Distiller:
     """The Distiller of an arm: the task's models with the seed's initial weights, what the method asks for bound.
 
-    Args: taught: weights of the trained teacher, None for two students or models of the method's own. changes: of the Distiller.
+    Args: taught: weights of the trained teacher, None for two students or models of the method's own. start: weights of the student to
+        go on from. changes: of the Distiller.
     """
     own = {name: value for name in ("optimizer", "scheduler") if (value := getattr(task, name)) is not None}
     common = _common(task, seed) | own | changes
@@ -235,8 +239,8 @@ def distiller_of(task: Task, arm: Arm, seed: int, taught: Path | None = None, **
             student = arm.student()
         return Distiller(student, None, arm.method or "", options=arm.options, **common)
     student, other = models(task, seed)
-    if arm.start is not None:
-        load_model(student, out / "runs" / f"{arm.start}-{seed}.safetensors")
+    if start is not None:
+        load_model(student, start)
     torch.manual_seed(seed)  # for the parameters of the method
     if taught is not None:
         load_model(other, taught)
