@@ -72,6 +72,16 @@ def targets_table(found: dict[str, dict]) -> list[str]:
                 f"| {result['title']} {result['shape']} {result['dtype']} | {target['allocator']} | {target['versus']} | "
                 f">= {number(target['at_least'])}x | {measured} | {'met' if met else '**not met**'} |"
             )
+        if name in cases.MEMORY:
+            ours, plain = (pick(result, candidate, "fwd+bwd", "default") for candidate in (OURS, PLAIN))
+            known = ours is not None and plain is not None and ours.get("peak_mb")
+            saving = plain["peak_mb"] / ours["peak_mb"] if known else 0.0
+            missed |= saving < cases.MEMORY[name]
+            lines.append(
+                f"| {result['title']} {result['shape']} {result['dtype']} | default | {PLAIN}, peak memory | "
+                f">= {cases.MEMORY[name]}x less | {times(saving) if known else 'not measured'} | "
+                f"{'met' if saving >= cases.MEMORY[name] else '**not met**'} |"
+            )
         if missed:
             reason = reasons.get(name, "the reason has not been written down yet")
             notes.append(f"- {result['title']} {result['shape']} {result['dtype']}: {reason}")
