@@ -31,6 +31,7 @@ STANDS_ON = {
     "relation": ("pairwise",),
     "token_graph": ("relation", "sparse_kl"),
     "linear": ("divergence",),
+    "sinkhorn": ("pairwise",),
 }
 
 

@@ -31,9 +31,9 @@ static void stage_panel(const PointSet& set, int64_t batch, int64_t row, int64_t
   }
 }
 
-template <int P, class V>
-KD_INLINE V term(V difference) {
-  if constexpr (P == 1) return difference < 0 ? -difference : difference;
+template <class T, int P>
+KD_INLINE Vec<T> term(Vec<T> difference) {
+  if constexpr (P == 1) return vabs<T>(difference);
   return difference * difference;
 }
 
@@ -48,7 +48,7 @@ KD_INLINE void tile(const T* x, const T* y, int64_t columns, T* sums) {
     for (int i = 0; i < R; ++i) a[i] = load(x + i * kColumns + c);
     for (int j = 0; j < S; ++j) b[j] = load(y + j * kColumns + c);
     for (int i = 0; i < R; ++i)
-      for (int j = 0; j < S; ++j) total[i][j] += term<P>(a[i] - b[j]);
+      for (int j = 0; j < S; ++j) total[i][j] += term<T, P>(a[i] - b[j]);
   }
   for (int i = 0; i < R; ++i)
     for (int j = 0; j < S; ++j) sums[i * kTileOthers + j] += sum_lanes<T>(total[i][j]);
@@ -87,7 +87,7 @@ static void narrow_tile(const PairwiseCost& call, int64_t batch, int64_t i0, int
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < others; j += kWidth<T>) {
       Vec<T> total{};
-      for (int64_t c = 0; c < width; ++c) total += term<P>(splat(x[i * kNarrow + c]) - load(y + c * kTileOthers + j));
+      for (int64_t c = 0; c < width; ++c) total += term<T, P>(splat(x[i * kNarrow + c]) - load(y + c * kTileOthers + j));
       store(sums + i * kTileOthers + j, total);
     }
   }
@@ -131,11 +131,14 @@ static void forward(const PairwiseCost& call) {
   }
 }
 
-// d term / dx times g: sign(d) g, 0 at a tie; or 2 d g (the 2 is in g).
+// total + d term(a - b) / da times g: sign(a - b) g, 0 at a tie; or 2 (a - b) g (the 2 is in g).
 template <class T, int P>
-KD_INLINE Vec<T> slope(Vec<T> d, Vec<T> g) {
-  if constexpr (P == 1) return d > 0 ? g : (d < 0 ? -g : splat<T>(0));
-  return d * g;
+KD_INLINE Vec<T> add_slope(Vec<T> total, Vec<T> a, Vec<T> b, Vec<T> g) {
+  if constexpr (P == 1) {
+    total = a > b ? total + g : total;
+    return a < b ? total - g : total;
+  }
+  return total + (a - b) * g;
 }
 
 // One task: kTileRows rows of the gradient, one panel of columns, all other rows in order.
@@ -146,7 +149,7 @@ static void backward(const PairwiseCost& call) {
   const int64_t tasks = call.batch * row_tiles * panels, work = least(n, kTileRows) * m * least(call.width, kColumns);
   const T* grad = static_cast<const T*>(call.grad);
   parallel_for(tasks, blocks_of(65536, work ? work : 1), [&](int64_t begin, int64_t end) {
-    constexpr int R = 4;
+    constexpr int R = KD_VECTOR_BYTES == 64 ? 8 : 4;  // chains of dependent sums side by side
     T* x = static_cast<T*>(thread_scratch(0, sizeof(T) * ((2 * kTileRows + kTileOthers) * kColumns + kTileRows * kTileOthers)));
     T* y = x + kTileRows * kColumns;
     T* sums = y + kTileOthers * kColumns;
@@ -173,7 +176,7 @@ static void backward(const PairwiseCost& call) {
             for (int r = 0; r < R; ++r) total[r] = load(sums + (i + r) * kColumns + v);
             for (int64_t j = 0; j < others; ++j) {
               const Vec<T> b = load(y + j * kColumns + v);
-              for (int r = 0; r < R; ++r) total[r] += slope<T, P>(a[r] - b, splat(g[(i + r) * kTileOthers + j]));
+              for (int r = 0; r < R; ++r) total[r] = add_slope<T, P>(total[r], a[r], b, splat(g[(i + r) * kTileOthers + j]));
             }
             for (int r = 0; r < R; ++r) store(sums + (i + r) * kColumns + v, total[r]);
           }
