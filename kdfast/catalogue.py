@@ -76,7 +76,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "tgeo_kd", 12, "Less or More From Teacher: Exploiting Trilateral Geometry For Knowledge Distillation",
-        "2312.15112", 2023, task="digits", needs=("teacher", "validation batches"), ops=("divergence",), parts=(), status="planned",
+        "2312.15112", 2023, task="digits", needs=("teacher", "validation batches"), ops=("divergence",), parts=(), status="ready",
     ),
     Row(
         "mix_kd", 13, "Understanding the Role of Mixup in Knowledge Distillation: An Empirical Study",
@@ -168,7 +168,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "lsskd", 35, "A Layered Self-Supervised Knowledge Distillation Framework for Efficient Multimodal Learning on the Edge",
-        "2506.07055", 2025, task="digits", needs=("auxiliary heads", "earlier predictions"), ops=("divergence",), parts=("rotations",), status="planned",
+        "2506.07055", 2025, task="digit_stages", needs=("auxiliary heads", "earlier predictions"), ops=("divergence",), parts=("rotations",), status="ready",
     ),
     Row(
         "switch_dit", 36, "Switch Diffusion Transformer: Synergizing Denoising Tasks with Sparse Mixture-of-Experts",

@@ -43,7 +43,8 @@ Measure = Callable[[Distiller, Mapping[str, DataLoader]], dict[str, float]]
 class Arm:
     """One way to train the student: a method's slug, or None for labels alone.
 
-    student: a model of the method's own. start: an earlier arm, whose trained student this one goes on from.
+    student: a model of the method's own. start: an earlier arm, whose trained student this one goes on from. rounds: times the
+    steps of the run, where an arm sees fewer images in a step than another. Without a method the options are those of `Labels`.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     student: Callable[[], nn.Module] | None = None
     start: str | None = None
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,17 @@ class Labels:
 
     ignore_index: int = -100
     trains_teacher: bool = False
+    label_smoothing: float = 0.0
 
     def __call__(self, context: Context) -> LossOutput:
         networks = (context.student, context.teacher)[: 2 if self.trains_teacher else 1]
         assert context.labels is not None
-        losses = [F.cross_entropy(logits, context.labels, ignore_index=self.ignore_index) for logits in networks]
+        losses = [
+            F.cross_entropy(
+                logits, context.labels, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+            )
+            for logits in networks
+        ]
         total = losses[0] + losses[1] if self.trains_teacher else losses[0]
         return LossOutput(total, {"ce": total.detach()})
 
@@ -150,10 +158,14 @@ def run(
         "batch_size": task.batch_size, "lr": task.lr,
     }  # fmt: skip
     if named:
-        settings["arms"] = {arm.name: {"method": arm.method, "options": dict(arm.options)} for arm in arms}
+        settings["arms"] = {
+            arm.name: {"method": arm.method, "options": dict(arm.options)}
+            | ({"rounds": arm.rounds} if arm.rounds > 1 else {})
+            for arm in arms
+        }
     out = Path(out)
     _claim(out, settings)
-    names = [*_teacher(task), *(arm.name for arm in arms)]
+    names = [*_teacher(task, arms), *(arm.name for arm in arms)]
     pieces: dict[str, Callable[[int], dict[str, Any]]] = {"teacher": lambda seed: _train_teacher(task, seed, out)}
     pieces |= {arm.name: partial(_train_arm, task, arm, steps=steps, out=out, measure=measure) for arm in arms}
     rows: list[dict[str, Any]] = []
@@ -165,7 +177,7 @@ def run(
                 row = _once(out / "runs" / f"{name}-{seed}.json", partial(pieces[name], seed))
                 rows.append({"arm": name, "seed": seed, **row})
     on_progress("report", total, total)
-    results = _results(task, settings, [arm.name for arm in arms], rows)
+    results = _results(task, settings, names, [arm.name for arm in arms], rows)
     best = max((row for row in rows if row["arm"] == arms[-1].name), key=lambda row: row["val"])
     results["student"] = {"arm": best["arm"], "seed": best["seed"], "chosen by": "validation score"}
     student = (out / "runs" / f"{best['arm']}-{best['seed']}.safetensors").read_bytes()
@@ -203,9 +215,15 @@ def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _teacher(task: Task) -> tuple[str, ...]:
-    """The arm that comes before the others, where there is a teacher to train."""
-    return () if task.peers or task.sizes else ("teacher",)
+def _teacher(task: Task, arms: Sequence[Arm]) -> tuple[str, ...]:
+    """The arm that comes before the others, where one of them has a teacher."""
+    return ("teacher",) if any(_taught(task, arm) for arm in arms) else ()
+
+
+def _taught(task: Task, arm: Arm) -> bool:
+    """Whether an arm reads a trained teacher."""
+    alone = task.peers or arm.student is not None or arm.method is None
+    return not alone and bool(getattr(load(arm.method or ""), "uses_teacher", True))
 
 
 def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
@@ -217,10 +235,12 @@ def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
 def _train_arm(
     task: Task, arm: Arm, seed: int, *, steps: int, out: Path, measure: Measure | None = None
 ) -> dict[str, Any]:
-    taught = None if task.peers or arm.student is not None else out / "runs" / f"teacher-{seed}.safetensors"
+    taught = out / "runs" / f"teacher-{seed}.safetensors" if _taught(task, arm) else None
     start = None if arm.start is None else out / "runs" / f"{arm.start}-{seed}.safetensors"
     distiller = distiller_of(task, arm, seed, taught, start)
-    return _fit(task, distiller, "student", seed, steps, out / "runs" / f"{arm.name}-{seed}.safetensors", measure)
+    return _fit(
+        task, distiller, "student", seed, steps * arm.rounds, out / "runs" / f"{arm.name}-{seed}.safetensors", measure
+    )
 
 
 def distiller_of(
@@ -245,7 +265,7 @@ def distiller_of(
     if taught is not None:
         load_model(other, taught)
     if arm.method is None:
-        labels = Labels(task.ignore_index, trains_teacher=task.peers)
+        labels = Labels(task.ignore_index, trains_teacher=task.peers, **arm.options)
         return Distiller(student, other if task.peers else None, labels, **common)
     kind = load(arm.method)
     wanted, uses = getattr(kind, "captures", ()), getattr(kind, "uses_teacher", True)
@@ -302,8 +322,10 @@ def _fit(
     }  # fmt: skip
 
 
-def _results(task: Task, settings: dict[str, Any], arms: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    by_arm = {name: [row for row in rows if row["arm"] == name] for name in (*_teacher(task), *arms)}
+def _results(
+    task: Task, settings: dict[str, Any], names: list[str], arms: list[str], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    by_arm = {name: [row for row in rows if row["arm"] == name] for name in names}
     score = next(iter(task.metrics))
     scores = {name: [row["test"] for row in found] for name, found in by_arm.items()}
     pairs = [(a, b) for i, a in enumerate(arms) for b in arms[:i]]

@@ -8,7 +8,18 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks.experiments import bd_kd, cnn_vit_bsd, dhkd, dho, hyperformer, nd_loss, sinkd, switch_dit
+from benchmarks.experiments import (
+    bd_kd,
+    cnn_vit_bsd,
+    dhkd,
+    dho,
+    hyperformer,
+    lsskd,
+    nd_loss,
+    sinkd,
+    switch_dit,
+    tgeo_kd,
+)
 from kdfast.data import load_task
 
 
@@ -128,3 +139,31 @@ def test_dho_measures_the_conflict_of_gradients(tmp_path):
     assert set(measures["dho"]) == {"gradient cosine", "alpha", "beta"} and measures["ce"] == {}
     assert measures["dual_half"]["alpha"] == [0.5] and -1 < measures["single_head"]["gradient cosine"][0] < 1
     assert dho.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+
+
+def test_tgeo_kd_measures_where_the_teacher_is_trusted(tmp_path):
+    out = tmp_path / "results" / "tgeo_kd.json"
+    task = dataclasses.replace(tgeo_kd.misled_digits(), teacher_steps=100)
+    results = tgeo_kd.run(out, seeds=1, steps=50, task=task, work=tmp_path / "work")
+    assert list(results["arms"]) == ["teacher", *(arm.name for arm in tgeo_kd.ARMS)] and len(results["sentences"]) == 9
+    measures = results["arms"]["tgeo_kd"]["measures"]
+    assert (
+        measures["alpha, teacher wrong"] != measures["alpha, teacher right"] and results["arms"]["ce"]["measures"] == {}
+    )
+    assert tgeo_kd.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+
+
+def test_noticed_by_hand():
+    measures = {"alpha, teacher wrong": [0.1, 0.12, 0.11], "alpha, teacher right": [0.3, 0.31, 0.32]}
+    said = tgeo_kd.noticed({"arms": {"x": {"measures": measures}}}, "x")
+    assert ": lower; the difference is -0.200" in said
+
+
+def test_lsskd_runs_without_a_teacher(tmp_path):
+    out = tmp_path / "results" / "lsskd.json"
+    results = lsskd.run(out, seeds=1, steps=4, tasks=[lsskd.staged_digits(200)], work=tmp_path / "work")
+    found = results["data"]["digit_stages_200"]
+    assert list(found["arms"]) == [arm.name for arm in lsskd.ARMS] and len(results["sentences"]) == 5
+    assert found["settings"]["arms"]["ce"]["rounds"] == 4
+    assert found["arms"]["ce"]["curves"][0][-1][0] == 4 * found["arms"]["lsskd"]["curves"][0][-1][0]
+    assert lsskd.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())

@@ -22,6 +22,7 @@ TASKS = {
     "mixed_digits": "kdfast.data.mixed_digits:mixed_digits_task",
     "relabelled_digits": "kdfast.data.relabelled_digits:relabelled_digits_task",
     "digit_turns": "kdfast.data.digit_turns:digit_turns_task",
+    "digit_stages": "kdfast.data.digit_stages:digit_stages_task",
     "digit_tail": "kdfast.data.digit_tail:digit_tail_task",
 }
 

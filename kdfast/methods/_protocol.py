@@ -58,6 +58,7 @@ class Setup:
     student, teacher: the models. sweep: "train" or "val" -> a Context for each batch of it, once through, in order, without
     gradient, both models in eval mode, batches as they come (`prepare` is not called). has_val: whether there is a "val".
     capture: {name: dotted path in the student}. forward: (model, batch) -> its output.
+    learning_rate: the present one of the first optimizer, once training runs.
     resumed: True when training goes on from a checkpoint: buffers hold what was saved, there is nothing to compute again.
     """
 
@@ -67,6 +68,7 @@ class Setup:
     has_val: bool = False
     capture: Mapping[str, str] = field(default_factory=dict)
     forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch)
+    learning_rate: Callable[[], float] = lambda: 0.0
     resumed: bool = False
 
 

@@ -354,14 +354,9 @@ class Distiller:
 
         net = self.accelerator.unwrap_model(self.net)
         return Setup(
-            self.student,
-            self.teacher,
-            sweep,
-            eval_loader is not None,
-            net.captures[0],
-            self.forward,
-            resumed=self.step > 0,
-        )
+            self.student, self.teacher, sweep, eval_loader is not None, net.captures[0], self.forward,
+            learning_rate=lambda: self._optimizers[0].param_groups[0]["lr"], resumed=self.step > 0,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _contexts(self, batches: Iterable[Batch]) -> Iterator[Context]:

@@ -1,0 +1,57 @@
+"""Digits for methods that read a network stage by stage: a small CNN of three stages, at 8x8, 4x4 and 2x2."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import nn
+
+from kdfast.data.digits import CLASSES, digit_splits
+from kdfast.data.task import Task
+
+WIDTHS, TEACHER_WIDTHS = (8, 16, 32), (32, 64, 128)
+
+
+def _stage(before: int, after: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
+        nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
+    )  # fmt: skip
+
+
+class StageNet(nn.Sequential):
+    """`stage1`, `stage2`, `stage3` return maps [B, widths[i], 8, 8], [.., 4, 4], [.., 2, 2]; then the mean and `head`: logits [B, 10]."""
+
+    def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
+        stages = [
+            (f"stage{i + 1}", _stage(a, b, 1 if i == 0 else 2)) for i, (a, b) in enumerate(zip((1, *widths), widths))
+        ]
+        super().__init__(OrderedDict([*stages, ("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten())]))
+        self.head = nn.Linear(widths[-1], CLASSES)
+
+
+def digit_stages_task() -> Task:
+    """Ten classes; student CNN with 18k weights on 200 labels, a teacher four times as wide on 900 for methods that want one."""
+    pairs = list(zip(WIDTHS, TEACHER_WIDTHS))
+    names = {
+        "stage1": ("stage1", 0),
+        "stage2": ("stage2", 1),
+        "stage3": ("stage3", 2),
+        "tokens": ("stage2", 1),
+        "embedding": ("stage3", 2),
+    }
+    return Task(
+        name="digit_stages",
+        title="handwritten digits (scikit-learn), 200 labels, CNNs of three stages",
+        splits=digit_splits,
+        student=StageNet,
+        teacher=lambda: StageNet(TEACHER_WIDTHS),
+        layers={name: (path, path) for name, (path, _) in names.items()},
+        widths={name: pairs[stage] for name, (_, stage) in names.items()},
+        classes=CLASSES,
+        steps=200,
+        eval_every=40,
+        teacher_steps=200,
+        threads=1,
+    )  # fmt: skip
