@@ -66,9 +66,13 @@ def measure(task: Task, *, seeds: int, steps: int | None, work: Path) -> dict[st
         arm = arms[slug]
         folder = work / slug / "runs"
         folder.mkdir(parents=True, exist_ok=True)
-        for file in (work / "kd" / "runs").glob("teacher-*"):
-            if slug != "kd":
-                shutil.copyfile(file, folder / file.name)
+        sources = {"teacher": "kd"} | (
+            {arm.start: arm.start} if arm.start else {}
+        )  # a student to go on from is that of its arm
+        for kind, source in sources.items():
+            for file in (work / source / "runs").glob(f"{kind}-*"):
+                if slug != source:
+                    shutil.copyfile(file, folder / file.name)
 
         def tell(what: str, done: int, total: int, slug: str = slug) -> None:
             print(f"leaderboard {slug} {done}/{total} {what}", flush=True)

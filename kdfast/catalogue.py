@@ -48,7 +48,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "makd", 5, "Multi-aspect Knowledge Distillation with Large Language Model",
-        "2501.13341", 2025, task="digits", needs=("aspect probabilities",), ops=("divergence",), parts=(), status="planned",
+        "2501.13341", 2025, task="aspect_digits", needs=("aspect probabilities",), ops=(), parts=(), status="ready",
     ),
     Row(
         "hyperformer", 6, "HyperFormer: Enhancing Entity and Relation Interaction for Hyper-Relational Knowledge Graph Completion",
@@ -108,7 +108,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "mst_distill", 20, "MST-Distill: Mixture of Specialized Teachers for Cross-Modal Knowledge Distillation",
-        "2507.07015", 2025, task="two_view_digits", needs=("several teachers", "two modalities"), ops=("divergence", "routing"), parts=("who teaches whom", "gate and balance terms", "stages"), status="planned",
+        "2507.07015", 2025, task="two_view_digits", needs=("several teachers", "two modalities"), ops=("divergence", "routing"), parts=("who teaches whom", "gate and balance terms", "stages"), status="ready",
     ),
     Row(
         "lelp", 21, "Linear Projections of Teacher Embeddings for Few-Class Distillation",
@@ -132,7 +132,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "proc_kd", 26, "Prototype-guided Cross-task Knowledge Distillation for Large-scale Models",
-        "2212.13180", 2022, task="digits", needs=("teacher", "token features"), ops=("divergence", "pairwise"), parts=("query attention",), status="planned",
+        "2212.13180", 2022, task="other_digits", needs=("teacher of another task", "token features"), ops=("divergence",), parts=("prototypes",), status="ready",
     ),
     Row(
         "scalearn", 27, "ScaLearn: Simple and Highly Parameter-Efficient Task Transfer by Learning to Scale",

@@ -106,6 +106,9 @@ def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
             raise ValueError(
                 f"method: {slug} reads {', '.join(absent)}; {task.name} has {', '.join(task.layers) or 'no features'}"
             )
+        absent = [name for name in getattr(kind, "columns", ()) if name not in task.columns]
+        if absent:
+            raise ValueError(f"method: {slug} reads {', '.join(absent)} from the batch, {task.name} has none")
         bound = bind(task, slug, given)
         # a wrong option is refused now, not after the teacher's training
         made = kind(*([task.widths] if wanted else []), **bound)
@@ -119,7 +122,7 @@ def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
 def bind(task: Task, slug: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a method, with what the task knows and the method asks for: ignore_index, dim, num_classes."""
     known = inspect.signature(load(slug)).parameters
-    of_task = {"ignore_index": task.ignore_index, "dim": task.dim, "num_classes": task.classes}
+    of_task = {"ignore_index": task.ignore_index, "dim": task.dim, "num_classes": task.classes, **task.hints}
     return {name: value for name, value in of_task.items() if name in known and value is not None} | dict(options)
 
 
@@ -295,6 +298,8 @@ def _fit(
         data = distiller.method.choose(data, seed)
     loader = task.train_loader(data, max(1, steps // epochs))
     loaders = {name: task.eval_loader(data) for name, data in splits.items()}
+    # a teacher of another task has validation and test data of its own
+    loaders |= {name: loaders[f"{part}_{name}"] for name in ("val", "test") if f"{part}_{name}" in loaders}
     distiller.fit(loader, epochs, eval_loader=loaders["val"])
     seconds = time.perf_counter() - start
     score = next(iter(task.metrics))
@@ -354,11 +359,11 @@ def _results(
             "peak_rss_mb": max(row["peak_rss_mb"] for row in rows),
         },
         "backend": backend_info(),
-        "commit": _commit(),
+        "commit": commit(),
     }  # fmt: skip
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the sources, with "+" when they were changed since; None when this is no checkout of kdfast."""
     here = Path(__file__).parent
 

@@ -25,9 +25,9 @@ from benchmarks.experiments._common import RUNS, write
 from kdfast.data import models
 from kdfast.data.pruning import ForgettingTracker, el2n, select
 from kdfast.data.relabelled_digits import narrow_mlp, relabelled_digits_task, relabelled_splits
-from kdfast.experiment import threads
+from kdfast.experiment import commit, threads
 from kdfast.methods.kd_data_pruning import pruned_kd_loss, ridge_student
-from kdfast.metrics import accuracy, mean_and_error, sentence
+from kdfast.metrics import accuracy, mean_and_error, sentence, summary
 from kdfast.train.checkpoint import write_text
 
 BATCH, LR = 64, 2e-3
@@ -59,7 +59,7 @@ def run(
         "scores": {key: {part: [row["scores"][key][part] for row in rows] for part in ("val", "test")} for key in rows[0]["scores"]},
         "ridge": ridge_simulation(), "seconds": [row["seconds"] for row in rows],
         "peak_rss_mb": max(row["peak_rss_mb"] for row in rows),
-        "versions": {"kdfast": kdfast.__version__, "torch": torch.__version__},
+        "versions": {"kdfast": kdfast.__version__, "torch": torch.__version__}, "commit": commit(),
     }  # fmt: skip
     return write(out, results | said(results, shares, alphas))
 
@@ -95,7 +95,12 @@ def said(results: dict[str, Any], shares: Sequence[float], alphas: Sequence[floa
     bias = ", ".join(f"{n} samples {value:.3f}" for n, value in ridge["bias"].items())
     lines.append(f"ridge: squared bias at alpha = 1 by the teacher's data: {bias}")
     lines.append(f"ridge: total error {ridge['error']['1']:.3f} at alpha = 1, {ridge['error']['0']:.3f} at alpha = 0")
-    return {"best": best, "sentences": lines}
+    table = {
+        f"{selector} {share}, alpha {alpha}": summary(test(selector, float(share)))
+        for selector, found in best.items()
+        for share, alpha in found.items()
+    }
+    return {"best": best, "summary": table, "sentences": lines}
 
 
 def key_of(selector: str, share: float, alpha: float) -> str:

@@ -27,6 +27,7 @@ from kdfast.data import NamedRows
 from kdfast.data.digit_turns import turn_splits
 from kdfast.data.rotations import rotate4
 from kdfast.data.task import as_read
+from kdfast.experiment import commit
 from kdfast.methods.rotnet import Method, RotNet, small_blocks
 from kdfast.metrics import accuracy, mean_and_error, sentence, summary
 from kdfast.train import Distiller
@@ -70,7 +71,8 @@ def run(
         "settings": settings, "n": seeds, "turns": summary([row["turns"] for row in rows]), "accuracy": accuracies,
         "seconds": {key: [row["seconds"][key] for row in rows] for key in rows[0]["seconds"]},
         "peak_rss_mb": max(row["peak_rss_mb"] for row in rows),
-        "versions": {"kdfast": kdfast.__version__, "torch": torch.__version__},
+        "summary": {f"{name}, {n} labels per class": summary(v) for name, found in accuracies.items() for n, v in found.items()},
+        "versions": {"kdfast": kdfast.__version__, "torch": torch.__version__}, "commit": commit(),
     }  # fmt: skip
     return write(out, results | {"sentences": said([row["turns"] for row in rows], accuracies, counts)})
 

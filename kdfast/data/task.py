@@ -62,13 +62,15 @@ class Task:
     """A problem that a method can run on by name.
 
     splits: seed -> {"teacher", "student", "val", "test": Dataset of (inputs, labels)}; the networks train on the first two,
-        settings are chosen on "val", figures are of "test".
+        settings are chosen on "val", figures are of "test"; "teacher_val", "teacher_test" where the teacher's task is another.
     student, teacher: make the networks, freshly initialised. peers: the second network is no trained teacher but learns too.
     score_both: of peers, whether the score is the mean of both or the student's alone.
     sizes: of the data, for a method that brings its own models (`Method.students(**sizes)`): then there is neither student nor
         teacher here, and batches are dicts. predict: output -> predictions for the metrics, default the greatest class.
-    layers: {name: (student path, teacher path)} of features a method may read, widths: {name: their channels}.
-    dim: class axis of the logits; ignore_index: of the labels; classes: how many, None where that says nothing. metrics: {name: (predictions, labels) -> float}; the first counts.
+    layers: {name: (student path, teacher path)}, None for neither, of features a method may read, widths: {name: their channels}.
+    dim: class axis of the logits; ignore_index: of the labels; classes: how many, None where that says nothing.
+    hints: more options that a method with a parameter of that name gets in a run by name.
+    columns: names of what follows inputs and labels in a training batch. metrics: {name: (predictions, labels) -> float}; the first counts.
     steps, eval_every, teacher_steps, batch_size, lr: optimizer steps of AdamW at a constant rate.
     optimizer, scheduler: as in `kdfast.train.Distiller`, in place of that; for the students, not for their teacher.
     augment: (inputs, labels) -> the batch to train on, drawn anew for each batch. threads: of torch while it runs, None for as many as are set; tiny networks only wait for their threads.
@@ -83,11 +85,13 @@ class Task:
     predict: Callable[[Any], Tensor] | None = None
     peers: bool = False
     score_both: bool = True
-    layers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    layers: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     dim: int = -1
     ignore_index: int = -100
     classes: int | None = None
+    hints: Mapping[str, Any] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
     metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=lambda: {"accuracy": accuracy})
     steps: int = 800
     eval_every: int = 40

@@ -4,6 +4,7 @@ Any callable will do. An nn.Module is trained along (its parameters join the opt
 attributes are optional, and the base class `Method` holds their defaults; a plain function has none of them:
 
     captures        names of the intermediate features the method reads, e.g. ("low", "high")
+    columns         what it reads from a batch beside inputs and labels, by the names of `Task.columns`, for runs by name
     trains_teacher  True: the second network learns too (two students that teach each other)
     starts_trained  True: the student has been trained before (a run by name takes the one that learned from labels alone)
     uses_teacher    False: there is no second network (a run by name leaves the teacher out)
@@ -98,6 +99,7 @@ class Method(nn.Module):
     """
 
     captures: ClassVar[tuple[str, ...]] = ()
+    columns: ClassVar[tuple[str, ...]] = ()
     trains_teacher: ClassVar[bool] = False
     starts_trained: ClassVar[bool] = False
     uses_teacher: ClassVar[bool] = True
