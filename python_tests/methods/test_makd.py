@@ -109,9 +109,6 @@ def test_experiment_runs_and_resumes(tmp_path):
 
     out = tmp_path / "makd.json"
     results = makd.run(out, seeds=1, steps=30, work=tmp_path / "work")
-    assert (
-        list(results["arms"]) == ["teacher", "labels", "shuffled", "answers 1", "answers"]
-        and len(results["sentences"]) == 4
-    )
+    assert list(results["arms"]) == ["labels", "shuffled", "answers 1", "answers"] and len(results["sentences"]) == 4
     assert len({arm["test"][0] for arm in results["arms"].values()}) > 2
     assert makd.run(out, seeds=1, work=tmp_path / "none") == json.loads(out.read_text())
