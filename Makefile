@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Development targets use the active environment if there is one.
 ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
 
-.PHONY: demo test test-isa sanitize lint check-install wheel bench experiments methods-page leaderboard core clean
+.PHONY: demo test test-isa test-triton triton-table sanitize lint check-install wheel bench experiments methods-page leaderboard core clean
 
 # The environment: an editable install with the compiled core next to the sources, again when sources of the core change.
 # The test extra holds only what a first run needs; pip takes the build tools into an environment of its own.
@@ -34,6 +34,18 @@ test-isa: $(READY)
 	  KDFAST_CPU_ISA=$$isa KDFAST_EXPECT_CORE=1 HYPOTHESIS_PROFILE=dev \
 	    $(BIN)/pytest -q python_tests/ops python_tests/test_core.py -k "not inductor and not gradcheck_of_the_reference" $(ARGS) || failed=1; \
 	done; exit $$failed
+
+# The Triton kernels without a GPU: under the interpreter, and compiled ahead of time. Two processes, since a kernel that was
+# defined under the interpreter cannot be compiled (python_tests/triton_mode.py).
+test-triton: $(READY)
+	failed=0; \
+	KDFAST_TRITON_TESTS=interpreted TRITON_INTERPRET=1 $(BIN)/python -m pytest -q python_tests/triton $(ARGS) || failed=1; \
+	KDFAST_TRITON_TESTS=ahead $(BIN)/python -m pytest -q python_tests/triton $(ARGS) || failed=1; \
+	exit $$failed
+
+# What every Triton kernel uses on each GPU: benchmarks/results/triton/registers.json and docs/triton.md.
+triton-table: $(if $(VIRTUAL_ENV),,$(READY))
+	PYTHONPATH=$(CURDIR) $(ACTIVE) tools/triton_table.py
 
 # The ops' tests on a core with AddressSanitizer and UndefinedBehaviorSanitizer. -k: a compiler would inherit the preload, and
 # the reference's own derivatives run no kernel. --capture=sys leaves the sanitizers their stream: a report captured by a

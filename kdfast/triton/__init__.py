@@ -18,13 +18,14 @@ from torch import Tensor
 from kdfast._library import lib
 
 # The ops that have kernels here, as `kdfast.ops` names them.
-OPS: tuple[str, ...] = ()
+OPS: tuple[str, ...] = ("divergence", "selective_kl")
 
 
 def _installed() -> bool:
     if "triton" in sys.modules:  # None there: an import that is blocked
         return sys.modules["triton"] is not None
-    return importlib.util.find_spec("triton") is not None
+    spec = importlib.util.find_spec("triton")
+    return spec is not None and spec.origin is not None  # None: a folder of that name on the path
 
 
 INSTALLED = _installed()  # looked up once: a rule may run inside a compiled graph, where nothing can be imported
@@ -37,7 +38,12 @@ def reason(op: str, *tensors: Tensor) -> str | None:
             return f"the tensors are on {tensor.device}"
     if not INSTALLED:
         return "triton is not installed"
-    return None if op in OPS else f"{op} has no Triton kernel in this version"
+    if op not in OPS:
+        return f"{op} has no Triton kernel in this version"
+    for tensor in tensors:
+        if tensor.dim() > 5 and not tensor.is_contiguous():  # more than four row axes that may not join
+            return f"a tensor of {tensor.dim()} dimensions has to be contiguous"
+    return None
 
 
 def register(op: str, module: str, function: str) -> None:
