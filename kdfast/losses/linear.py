@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from kdfast._checks import check_choice, check_float_tensor, check_labels, check_number, check_row_tensor
 from kdfast.losses.divergence import REDUCTIONS, check_mask, reduce_rows, row_weights, teaching
@@ -38,6 +39,7 @@ def linear_distillation_loss(
     scale_t2: bool = True,
     teacher_grad: bool = False,
     backend: str | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> LossOutput:
     """`distillation_loss` from hidden states and output layers, the logits made and used a few rows at a time.
 
@@ -70,6 +72,8 @@ def linear_distillation_loss(
             rows [...], zero where dropped; with shift=1 one fewer per sequence.
         scale_t2: multiply D by T^2. teacher_grad: let gradients flow to the teacher's side, else it is detached.
         backend: "cpu", "reference" or None for the best that can run.
+        process_group: both heads are split over its ranks by classes (tensor parallelism); the logits are never gathered, and
+            every rank gets the whole loss. See `kdfast.ops.linear_divergence`. Not for kind="dkd".
     Returns:
         LossOutput(loss, {"ce", "kd"}); the parts carry T^2 but not the weights. With ce_weight = 0 the part "ce" is 0.
     Raises:
@@ -101,13 +105,14 @@ def linear_distillation_loss(
         teacher = teacher._replace(log_probs=teaching(teacher.log_probs, False), tail=tail)
     elif isinstance(teacher, Tensor):
         teacher = teaching(teacher, teacher_grad)
-    inputs, options = check_linear(
+    inputs, options, shard = check_linear(
         student_hidden, student_weight, teacher, teacher_weight=_detached(teacher_weight, teacher_grad),
         student_bias=student_bias, teacher_bias=_detached(teacher_bias, teacher_grad), kind=kind, beta=beta,
         temperature=temperature, labels=labels, kd_weight=kd_weight * t2 / divisor, ce_weight=ce_weight / divisor,
         vocab_size=vocab_size, softcap=softcap, logit_scale=logit_scale, row_weight=row_weight, chunk_rows=chunk_rows,
+        process_group=process_group,
     )  # fmt: skip
-    loss, kd, ce = linear_divergence_total(inputs, options, backend, rows=reduction == "none")
+    loss, kd, ce = linear_divergence_total(inputs, options, backend, rows=reduction == "none", shard=shard)
     if reduction == "none":
         loss, kd, ce = (
             reduce_rows(value.reshape(rows), mask, weight, "none")[..., : rows[-1] - shift if rows else None]

@@ -34,6 +34,7 @@ from kdfast.ops.sparse_divergence import (
 CHUNK_BYTES = 64 << 20  # one chunk of logits: products of that many rows run at full speed
 # A float32 block of a weight's gradient. Above 32 MB glibc gives a block back to the system as soon as it is freed.
 GRADIENT_BYTES = 40 << 20
+ADDED_ROWS = 2048
 
 Rows = slice | Tensor  # the rows of a chunk: neighbours, or the kept ones among ignored rows
 
@@ -53,6 +54,21 @@ class Options(NamedTuple):
     student_cap: float
     teacher_cap: float
     chunk_rows: int
+
+
+class Inputs(NamedTuple):
+    """Tensors of the ops, rows flattened. teacher: hidden states (with teacher_weight), logits, or listed log-probabilities (with ids)."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    teacher: Tensor  # [N, D'], [N, V'] or [N, K]
+    teacher_weight: Tensor | None  # [V', D']
+    teacher_bias: Tensor | None  # [V']
+    ids: Tensor | None  # [N, K]
+    tail: Tensor | None  # [N]
+    labels: Tensor | None  # [N]
+    row_weight: Tensor | None  # [N]; a row of weight 0 is not read
 
 
 def logits_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -195,18 +211,21 @@ class Model:
         cut along the classes, so that a finished part of it can be freed.
         """
         assert self.weight_blocks is not None
-        for at in blocks(hidden.shape[1], max(GRADIENT_BYTES // (2 * self.classes) // 64 * 64, 64)):
+        for at in blocks(hidden.shape[1], max(GRADIENT_BYTES // (2 * max(self.classes, 1)) // 64 * 64, 64)):
             part = torch.mm(grad.T, hidden[:, at].to(grad.dtype))  # [C, few features]
             start = 0
             for block in self.weight_blocks:
-                rows = part[start : start + len(block)]
+                for some in blocks(
+                    len(block), ADDED_ROWS
+                ):  # torch makes a float32 copy to add; a small one stays in cache
+                    rows, to = part[start + some.start : start + some.stop], block[some, at]
+                    if not self.first:
+                        to.add_(rows, alpha=self.scale)
+                    elif self.scale == 1.0:
+                        to.copy_(rows)
+                    else:
+                        torch.mul(rows, self.scale, out=to)
                 start += len(block)
-                if not self.first:
-                    block[:, at].add_(rows, alpha=self.scale)
-                elif self.scale == 1.0:
-                    block[:, at] = rows
-                else:
-                    torch.mul(rows, self.scale, out=block[:, at])
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of inputs, weight and bias; empty where not asked for."""
@@ -269,9 +288,9 @@ def _core_sum(student, teacher, labels, row_weight, o: Options, need_student, ne
     return parts.double()
 
 
-def _capped(logits: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
-    """(logits after the soft cap in float32, its slope)."""
-    wide = logits.to(compute_dtype(logits), copy=True)
+def capped(logits: Tensor, cap: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """(logits after the soft cap in float32 or `dtype`, its slope)."""
+    wide = logits.to(dtype or compute_dtype(logits), copy=True)
     if cap == 0:
         return wide, None
     wide.div_(cap).tanh_()
@@ -284,7 +303,7 @@ def dense_sum(student, teacher, labels, row_weight, o: Options, need_student, ne
         return _core_sum(student, teacher, labels, row_weight, o, need_student, need_teacher)
     total = torch.zeros(2, dtype=torch.float64)
     for at in row_blocks(student):
-        (x, x_slope), (z, z_slope) = _capped(student[at], o.student_cap), _capped(teacher[at], o.teacher_cap)
+        (x, x_slope), (z, z_slope) = capped(student[at], o.student_cap), capped(teacher[at], o.teacher_cap)
         total += _core_sum(x, z, pick(labels, at), pick(row_weight, at), o, need_student, need_teacher)
         for need, to, grad, slope in ((need_student, student, x, x_slope), (need_teacher, teacher, z, z_slope)):
             if need:
@@ -296,11 +315,11 @@ def dense_rows(student, teacher, labels, o: Options) -> tuple[Tensor, Tensor]:
     """(divergences, cross-entropies) of the rows of a chunk."""
     dtype = compute_dtype(student, teacher)
     kd, ce = torch.zeros(len(student), dtype=dtype), torch.zeros(len(student), dtype=dtype)
-    capped = o.student_cap != 0 or o.teacher_cap != 0
-    for at in row_blocks(student) if capped or o.ce_factor != 0 else (slice(0, len(student)),):
+    has_cap = o.student_cap != 0 or o.teacher_cap != 0
+    for at in row_blocks(student) if has_cap or o.ce_factor != 0 else (slice(0, len(student)),):
         x, z = student[at], teacher[at]
-        if capped:
-            x, z = _capped(x, o.student_cap)[0], _capped(z, o.teacher_cap)[0]
+        if has_cap:
+            x, z = capped(x, o.student_cap)[0], capped(z, o.teacher_cap)[0]
         stats = torch.empty([N_STATS, len(x)], dtype=dtype)
         _core.core.divergence_rows(
             *operand(x), *operand(z), x.shape, z.shape[1], 1, o.classes, o.kind, o.a, o.b, o.temperature,
@@ -319,7 +338,7 @@ def sparse_rows(student, log_probs, ids, tail, labels, o: Options) -> tuple[Tens
     dtype = compute_dtype(student)
     kd, ce = torch.zeros(len(student), dtype=dtype), torch.zeros(len(student), dtype=dtype)
     for at in row_blocks(student):
-        x = _capped(student[at], o.student_cap)[0] if o.student_cap != 0 else student[at]
+        x = capped(student[at], o.student_cap)[0] if o.student_cap != 0 else student[at]
         buckets = bucket_logits(x, ids[at], o.temperature)
         target = teacher_buckets(log_probs[at], ids[at], tail[at], buckets, tail_floor(o.kind, o.a))
         kd[at] = torch.ops.kdfast.divergence_rows(
@@ -334,7 +353,7 @@ def sparse_sum(student, log_probs, ids, tail, labels, row_weight, o: Options, ne
     """As dense_sum, for a teacher known by a few classes and the mass of the rest (`kdfast.ops.sparse_divergence`)."""
     total = torch.zeros(2, dtype=torch.float64)
     for at in row_blocks(student):
-        x, slope = _capped(student[at], o.student_cap)
+        x, slope = capped(student[at], o.student_cap)
         weight = x.new_ones(len(x)) if row_weight is None else row_weight[at]
         buckets = bucket_logits(x, ids[at], o.temperature)
         target = teacher_buckets(log_probs[at], ids[at], tail[at], buckets, tail_floor(o.kind, o.a))

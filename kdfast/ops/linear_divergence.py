@@ -19,13 +19,11 @@ float32 results takes 4 times as long. Those of a float16 model are float32, sin
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from kdfast._checks import check_float_tensor, check_labels, check_number, check_row_tensor
 from kdfast._dispatch import choose, core_reason
 from kdfast._library import (
     applied,
@@ -33,40 +31,21 @@ from kdfast._library import (
     contiguous,
     first_derivative_only,
     lib,
-    readable,
     scale_gradient,
     transforms_active,
 )
 from kdfast.ops import linear_chunks as chunks
-from kdfast.ops.divergence import _check_kind, cross_entropy_rows, divergence_reference
-from kdfast.ops.linear_chunks import Model, Options, default_chunk_rows, logits_dtype, pick, row_chunks
+from kdfast.ops.divergence import cross_entropy_rows, divergence_reference
+from kdfast.ops.linear_checks import PerModel, check_linear
+from kdfast.ops.linear_chunks import Inputs, Model, Options, logits_dtype, pick, row_chunks
 from kdfast.ops.sparse_divergence import (
     SampledTeacher,
     TopKTeacher,
     bucket_logits_reference,
-    check_sparse,
-    check_vocab_size,
-    listed,
     tail_floor,
     teacher_buckets,
 )
-
-PerModel = float | tuple[float | None, float | None] | None  # for both models, or (student, teacher)
-
-
-class Inputs(NamedTuple):
-    """Tensors of the ops, rows flattened. teacher: hidden states (with teacher_weight), logits, or listed log-probabilities (with ids)."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    teacher: Tensor  # [N, D'], [N, V'] or [N, K]
-    teacher_weight: Tensor | None  # [V', D']
-    teacher_bias: Tensor | None  # [V']
-    ids: Tensor | None  # [N, K]
-    tail: Tensor | None  # [N]
-    labels: Tensor | None  # [N]
-    row_weight: Tensor | None  # [N]; a row of weight 0 is not read
+from kdfast.ops.vocab_parallel import Shard, vocab_parallel_total
 
 
 # ---------------------------------------------------------------- reference: the definition, with every option
@@ -274,9 +253,15 @@ class _Sum(torch.autograd.Function):
 
 
 def linear_divergence_total(
-    inputs: Inputs, o: Options, backend: str | None, *, rows: bool
+    inputs: Inputs, o: Options, backend: str | None, *, rows: bool, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(L, D, CE), for arguments that are checked: rows [N], or their sums weighted by row_weight (D and CE detached)."""
+    if shard is not None:
+        if backend is not None:
+            raise ValueError(
+                f"backend: expected None with a process_group, which has one implementation, got {backend!r}"
+            )
+        return vocab_parallel_total(inputs, o, shard, _total, rows=rows)
     if _choose(inputs, o, backend) == "reference":
         total, kd, ce = _checkpointed(inputs, o)
         if rows:
@@ -343,6 +328,7 @@ def linear_divergence(
     row_weight: Tensor | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """kd_weight D + ce_weight CE of every row, from hidden states and output layers; equations at the top of this module.
 
@@ -360,6 +346,9 @@ def linear_divergence(
             Rows of weight 0 are left out before the products.
         chunk_rows: rows of logits held at a time; None: 64 MiB of them on the CPU, 2048 rows on other devices.
         backend: "cpu", "reference" or None for the best that can run.
+        process_group: the heads (or the teacher's logits) are this rank's slice of the classes, in the order of ranks; everything
+            else is equal on all ranks, labels, ids and vocab_size count the classes of all, and every rank calls forward and
+            backward (`kdfast.ops.vocab_parallel`). Each gets the whole loss, hidden gradients, and its own head's.
     Returns:
         float32 rows [...] (float64 if an input is), or their weighted sum.
     Differentiable once in hidden states, weights and biases of both models and in a teacher's logits, each only where it
@@ -371,122 +360,17 @@ def linear_divergence(
     >>> rows = linear_divergence(hidden, weight, torch.randn(6, 16), teacher_weight=torch.randn(50, 16), kind="js")
     >>> rows.sum().backward()
     """
-    inputs, o = check_linear(
+    inputs, o, shard = check_linear(
         student_hidden, student_weight, teacher, teacher_weight=teacher_weight, student_bias=student_bias,
         teacher_bias=teacher_bias, kind=kind, beta=beta, temperature=temperature, labels=labels, kd_weight=kd_weight,
         ce_weight=ce_weight, vocab_size=vocab_size, softcap=softcap, logit_scale=logit_scale, row_weight=row_weight,
-        chunk_rows=chunk_rows,
+        chunk_rows=chunk_rows, process_group=process_group,
     )  # fmt: skip
-    total = linear_divergence_total(inputs, o, backend, rows=row_weight is None)[0]
+    total = linear_divergence_total(inputs, o, backend, rows=row_weight is None, shard=shard)[0]
     return total.reshape(student_hidden.shape[:-1]) if row_weight is None else total
 
 
-# ---------------------------------------------------------------- checks and choice
-def check_linear(
-    student_hidden, student_weight, teacher, *, teacher_weight, student_bias, teacher_bias, kind, beta, temperature, labels,
-    kd_weight, ce_weight, vocab_size, softcap, logit_scale, row_weight, chunk_rows,
-) -> tuple[Inputs, Options]:  # fmt: skip
-    """The arguments of `linear_divergence` as flat rows and options."""
-    widths = {"student_weight": _check_head("student", student_hidden, student_weight, student_bias)}
-    device, shape = student_hidden.device, student_hidden.shape[:-1]
-    sparse = isinstance(teacher, (TopKTeacher, SampledTeacher))
-    if not sparse:
-        check_float_tensor("teacher", teacher)
-        if teacher.device != device or teacher.shape[:-1] != shape or teacher.dim() == 0:
-            raise ValueError(
-                f"teacher: expected the rows of student_hidden, {tuple(shape)} on {device}, got shape {tuple(teacher.shape)} on {teacher.device}"
-            )
-    if teacher_weight is not None:
-        if sparse:
-            raise ValueError(f"teacher_weight: a {type(teacher).__name__} has no head, got a Tensor")
-        widths["teacher_weight"] = _check_head("teacher", teacher, teacher_weight, teacher_bias)
-    elif teacher_bias is not None:
-        raise ValueError("teacher_bias: expected None without teacher_weight, got a Tensor")
-    elif not sparse:
-        widths["teacher"] = teacher.shape[-1]
-    classes = check_vocab_size(vocab_size, widths)
-    check_number("temperature", temperature, low=0.0, open_low=True)
-    if sparse:
-        check_sparse(teacher, shape, classes, device, kind, beta, temperature)
-    a, b = _check_kind(kind, beta)
-    check_number("kd_weight", kd_weight)
-    check_number("ce_weight", ce_weight)
-    if kind == "dkd" or ce_weight != 0:
-        if labels is None:
-            raise ValueError(
-                f"labels: expected a Tensor for {'kind=' + repr(kind) if kind == 'dkd' else 'cross-entropy'}, got None"
-                + ("; ce_weight=0 leaves cross-entropy out" if kind != "dkd" else "")
-            )
-        check_labels(labels, shape, device)
-    elif labels is not None:
-        check_labels(labels, shape, device)
-        labels = None  # nothing reads them
-    if row_weight is not None:
-        check_row_tensor("row_weight", row_weight, shape, device)
-    scales = [float(check_number("logit_scale", v)) for v in _pair(logit_scale, 1.0)]
-    caps = [0.0 if v is None else check_number("softcap", v, low=0.0, open_low=True) for v in _pair(softcap, None)]
-    if teacher_weight is None:
-        scales[1], caps[1] = 1.0, 0.0
-    flat_labels = None if labels is None else labels.reshape(-1).long()
-    flat_weight = None if row_weight is None else row_weight.reshape(-1)
-    if flat_labels is not None and readable(flat_labels) and (flat_weight is None or readable(flat_weight)):
-        _check_label_values(flat_labels, flat_weight, classes)
-    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    ids, tail = None, None
-    if sparse:
-        ids, log_probs, tail = listed(teacher, compute_dtype(student_hidden, student_weight))
-        ids, tail, teacher = ids.reshape(-1, ids.shape[-1]), tail.reshape(-1), log_probs
-    teacher = teacher.reshape(-1, teacher.shape[-1])
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(classes, logits_dtype(student_hidden, student_weight), device)
-    elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1:
-        raise ValueError(f"chunk_rows: expected an int >= 1 or None, got {chunk_rows!r}")
-    inputs = Inputs(
-        hidden, student_weight, student_bias, teacher, teacher_weight, teacher_bias, ids, tail, flat_labels, flat_weight
-    )
-    return inputs, Options(
-        kind, a, b, float(temperature), classes, float(kd_weight), float(ce_weight), scales[0], scales[1], caps[0], caps[1], chunk_rows
-    )  # fmt: skip
-
-
-def _pair(value: PerModel, otherwise: float | None) -> tuple:
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2:
-            raise ValueError(f"softcap, logit_scale: expected one value or a pair (student, teacher), got {value!r}")
-        return tuple(otherwise if v is None else v for v in value)
-    return (otherwise, otherwise) if value is None else (value, value)
-
-
-def _check_label_values(labels: Tensor, row_weight: Tensor | None, classes: int) -> None:
-    bad = (labels < 0) | (labels >= classes)
-    if row_weight is not None:
-        bad &= row_weight != 0
-    if bool(bad.any()):
-        row = int(bad.int().argmax())
-        raise ValueError(f"labels: expected integers in [0, {classes}), got {int(labels[row])} at row {row}")
-
-
-def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """The number of classes of a head that fits these hidden states."""
-    name = "student_hidden" if side == "student" else "teacher"
-    check_float_tensor(name, hidden)
-    check_float_tensor(f"{side}_weight", weight)
-    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
-        raise ValueError(
-            f"{side}_weight: expected [V, {hidden.shape[-1] if hidden.dim() else 'D'}] for hidden states {tuple(hidden.shape)}, "
-            f"got {tuple(weight.shape)}"
-        )
-    for what, tensor in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
-        if tensor is None:
-            continue
-        check_float_tensor(what, tensor)
-        if tensor.device != hidden.device:
-            raise ValueError(f"{what}: expected the device of {name} ({hidden.device}), got {tensor.device}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{side}_bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    return weight.shape[0]
-
-
+# ---------------------------------------------------------------- choice
 def _choose(inputs: Inputs, o: Options, backend: str | None) -> str:
     def cpu() -> str | None:
         if (why := core_reason()) is not None:

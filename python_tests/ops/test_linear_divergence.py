@@ -571,11 +571,11 @@ def test_a_bad_value_names_its_chunk():
 
 
 def test_totals_carry_their_parts(backend):
-    from kdfast.ops.linear_divergence import check_linear
+    from kdfast.ops.linear_checks import check_linear
 
     h, w, _, ht, wt, _ = tensors()
     labels = some_labels()
-    inputs, o = check_linear(
+    inputs, o, _ = check_linear(
         h, w, ht, teacher_weight=wt, student_bias=None, teacher_bias=None, kind="js", beta=0.5, temperature=1.0, labels=labels,
         kd_weight=0.6, ce_weight=0.4, vocab_size=None, softcap=None, logit_scale=1.0, row_weight=torch.ones(N), chunk_rows=4,
     )  # fmt: skip
