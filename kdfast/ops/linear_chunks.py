@@ -1,4 +1,4 @@
-"""The chunk loop of `kdfast.ops.linear_divergence` on the CPU: what is alive of the logits, and what becomes of it.
+"""The chunks of `kdfast.ops.linear_divergence`: what is alive of the logits, and what becomes of it.
 
 Per chunk of rows, for each model one buffer that all chunks share:
 
@@ -6,7 +6,8 @@ Per chunk of rows, for each model one buffer that all chunks share:
     x <- final gradient of the loss with respect to it      one pass of the compiled core, in place
     dhidden[rows] = scale x W     dW += scale x^T hidden    dbias += scale sum x
 
-So no logits but one chunk of the student and one of the teacher exist. The core reads an element before it writes its
+So no logits but one chunk of the student and one of the teacher exist. On other devices (`Eager`) the gradient of a chunk is a
+buffer of its own, and without a fused divergence there torch's graph of one chunk lives beside it. The core reads an element before it writes its
 gradient there, which makes the pass in place safe (`test_the_gradient_may_lie_over_the_logits`).
 """
 
@@ -19,17 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast import _core
-from kdfast._library import address, compute_dtype, new_empty, operand
-from kdfast.ops.divergence import N_STATS, cross_entropy_rows
-from kdfast.ops.sparse_divergence import (
-    BLOCK_BYTES,
-    bucket_logits,
-    bucket_logits_backward,
-    row_blocks,
-    tail_floor,
-    teacher_buckets,
-)
+from kdfast._library import compute_dtype, new_empty
+from kdfast.ops.sparse_divergence import BLOCK_BYTES
 
 CHUNK_BYTES = 64 << 20  # one chunk of logits: products of that many rows run at full speed
 # A float32 block of a weight's gradient. Above 32 MB glibc gives a block back to the system as soon as it is freed.
@@ -81,9 +73,8 @@ def logits_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def default_chunk_rows(classes: int, dtype: torch.dtype, device: torch.device) -> int:
-    if device.type not in ("cpu", "meta"):
-        return 2048
-    rows = CHUNK_BYTES // (classes * dtype.itemsize) // 16 * 16
+    size = CHUNK_BYTES if device.type in ("cpu", "meta") else 8 * CHUNK_BYTES  # products fill a GPU with 2000 rows
+    rows = size // (classes * dtype.itemsize) // 16 * 16
     return min(max(rows, 16), 4096)
 
 
@@ -98,6 +89,18 @@ def row_chunks(rows: int, kept: Tensor | None, chunk_rows: int) -> Iterator[Rows
 
 def pick(tensor: Tensor | None, rows: Rows) -> Tensor | None:
     return None if tensor is None else tensor[rows]
+
+
+def part_of(inputs: Inputs, rows: Rows) -> Inputs:
+    """What belongs to the rows of a chunk besides hidden states and heads, which it does not name."""
+    return inputs._replace(
+        ids=pick(inputs.ids, rows), tail=pick(inputs.tail, rows), labels=pick(inputs.labels, rows), row_weight=pick(inputs.row_weight, rows)
+    )  # fmt: skip
+
+
+def total_of(kd: Tensor, ce: Tensor, o: Options) -> Tensor:
+    """A term of factor 0 is left out: 0 times an infinite divergence is not 0."""
+    return sum((f * t for f, t in ((o.kd_factor, kd), (o.ce_factor, ce)) if f != 0), start=torch.zeros_like(kd))
 
 
 @contextlib.contextmanager
@@ -272,107 +275,3 @@ def product(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | None
     if scale == 1.0:
         return torch.mm(a, b, out=out)
     return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
-
-
-# ---------------------------------------------------------------- one chunk: values, and gradients in place
-def _core_sum(student, teacher, labels, row_weight, o: Options, need_student, need_teacher) -> Tensor:
-    """(sum of weighted divergences, of weighted cross-entropies); gradients over the logits they belong to."""
-    dtype = compute_dtype(student, teacher)
-    loss, parts = torch.empty((), dtype=dtype), torch.empty(2, dtype=dtype)
-    none = student.new_empty(0)
-    _core.core.divergence_sum(
-        *operand(student), *operand(teacher), student.shape, teacher.shape[1], 1, o.classes, o.kind, o.a, o.b, o.temperature,
-        address(labels), 0, address(row_weight), o.kd_factor, o.ce_factor, 0.0,
-        *operand(student if need_student else none), *operand(teacher if need_teacher else none), address(loss), address(parts),
-    )  # fmt: skip
-    return parts.double()
-
-
-def capped(logits: Tensor, cap: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-    """(logits after the soft cap in float32 or `dtype`, its slope)."""
-    wide = logits.to(dtype or compute_dtype(logits), copy=True)
-    if cap == 0:
-        return wide, None
-    wide.div_(cap).tanh_()
-    slope = 1 - wide * wide
-    return wide.mul_(cap), slope
-
-
-def dense_sum(student, teacher, labels, row_weight, o: Options, need_student, need_teacher) -> Tensor:
-    if o.student_cap == 0 and o.teacher_cap == 0:
-        return _core_sum(student, teacher, labels, row_weight, o, need_student, need_teacher)
-    total = torch.zeros(2, dtype=torch.float64)
-    for at in row_blocks(student):
-        (x, x_slope), (z, z_slope) = capped(student[at], o.student_cap), capped(teacher[at], o.teacher_cap)
-        total += _core_sum(x, z, pick(labels, at), pick(row_weight, at), o, need_student, need_teacher)
-        for need, to, grad, slope in ((need_student, student, x, x_slope), (need_teacher, teacher, z, z_slope)):
-            if need:
-                to[at] = grad if slope is None else grad.mul_(slope)
-    return total
-
-
-def dense_rows(student, teacher, labels, o: Options) -> tuple[Tensor, Tensor]:
-    """(divergences, cross-entropies) of the rows of a chunk."""
-    dtype = compute_dtype(student, teacher)
-    kd, ce = torch.zeros(len(student), dtype=dtype), torch.zeros(len(student), dtype=dtype)
-    has_cap = o.student_cap != 0 or o.teacher_cap != 0
-    for at in row_blocks(student) if has_cap or o.ce_factor != 0 else (slice(0, len(student)),):
-        x, z = student[at], teacher[at]
-        if has_cap:
-            x, z = capped(x, o.student_cap)[0], capped(z, o.teacher_cap)[0]
-        stats = torch.empty([N_STATS, len(x)], dtype=dtype)
-        _core.core.divergence_rows(
-            *operand(x), *operand(z), x.shape, z.shape[1], 1, o.classes, o.kind, o.a, o.b, o.temperature,
-            address(pick(labels, at) if o.kind == "dkd" else None), 0, address(kd[at]), address(stats),
-        )  # fmt: skip
-        if o.ce_factor != 0:
-            ce[at] = _cross_entropy(x, labels[at], o.classes)
-    return kd, ce
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
-    return cross_entropy_rows(logits, labels, torch.ones_like(labels, dtype=torch.bool), classes, -1, 0.0)
-
-
-def sparse_rows(student, log_probs, ids, tail, labels, o: Options) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(student)
-    kd, ce = torch.zeros(len(student), dtype=dtype), torch.zeros(len(student), dtype=dtype)
-    for at in row_blocks(student):
-        x = capped(student[at], o.student_cap)[0] if o.student_cap != 0 else student[at]
-        buckets = bucket_logits(x, ids[at], o.temperature)
-        target = teacher_buckets(log_probs[at], ids[at], tail[at], buckets, tail_floor(o.kind, o.a))
-        kd[at] = torch.ops.kdfast.divergence_rows(
-            buckets, target, None, None, o.kind, o.a, o.b, 1.0, buckets.shape[1], 1
-        )[0]
-        if o.ce_factor != 0:
-            ce[at] = _cross_entropy(x, labels[at], o.classes)
-    return kd, ce
-
-
-def sparse_sum(student, log_probs, ids, tail, labels, row_weight, o: Options, need_student) -> Tensor:
-    """As dense_sum, for a teacher known by a few classes and the mass of the rest (`kdfast.ops.sparse_divergence`)."""
-    total = torch.zeros(2, dtype=torch.float64)
-    for at in row_blocks(student):
-        x, slope = capped(student[at], o.student_cap)
-        weight = x.new_ones(len(x)) if row_weight is None else row_weight[at]
-        buckets = bucket_logits(x, ids[at], o.temperature)
-        target = teacher_buckets(log_probs[at], ids[at], tail[at], buckets, tail_floor(o.kind, o.a))
-        _, parts, grad_buckets, _ = torch.ops.kdfast.divergence_sum(
-            buckets, target, None, None, weight, o.kind, o.a, o.b, 1.0, buckets.shape[1], 1, o.kd_factor, 0.0, 0.0, need_student, False
-        )  # fmt: skip
-        total[0] += parts[0].double()
-        q = None
-        if o.ce_factor != 0:
-            log_sum = x.logsumexp(-1)
-            hit = x.gather(-1, labels[at].unsqueeze(-1)).squeeze(-1)
-            total[1] += ((log_sum - hit) * weight).sum(dtype=torch.float64)
-            if need_student:
-                q = (x - log_sum.unsqueeze(-1)).exp_()
-                q.scatter_add_(1, labels[at].unsqueeze(-1), q.new_full((len(x), 1), -1.0))
-                q.mul_((weight * o.ce_factor).unsqueeze(-1))
-        if need_student:
-            grad = bucket_logits_backward(grad_buckets, x, ids[at], buckets, o.temperature)
-            if q is not None:
-                grad.add_(q)
-            student[at] = grad if slope is None else grad.mul_(slope)
-    return total

@@ -10,8 +10,9 @@ The weighted sum over rows makes its final gradients in the forward, chunk by ch
 written over them, multiplied out into dh and dW (summed in float32 over the chunks), and gone. Rows (no `row_weight`) keep
 the inputs and compute the chunks again in the backward, with the upstream factor of each row.
 
-Rows of weight 0 are left out before the products. `linear_chunks.py` is the loop; without the compiled core (and under
-backend="reference") the chunks are checkpointed calls of the reference.
+Rows of weight 0 are left out before the products. `linear_chunks.py` has what a chunk goes through: on the CPU the compiled core
+in place; on other devices `divergence` by its best backend, whose gradient is one more buffer of a chunk's size.
+backend="reference" (and torch.compile without the core) takes the reference, its chunks computed again in the backward.
 
 The logits of a bfloat16 model are bfloat16, as its own head would return them, all else is float32: on the CPU a product with
 float32 results takes 4 times as long. Those of a float16 model are float32, since their gradients would underflow.
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from kdfast._dispatch import choose, core_reason
+from kdfast._dispatch import choose, core_reason, forced_backend
 from kdfast._library import (
     applied,
     compute_dtype,
@@ -35,16 +36,10 @@ from kdfast._library import (
     transforms_active,
 )
 from kdfast.ops import linear_chunks as chunks
-from kdfast.ops.divergence import cross_entropy_rows, divergence_reference
+from kdfast.ops import linear_passes as passes
 from kdfast.ops.linear_checks import PerModel, check_linear
 from kdfast.ops.linear_chunks import Inputs, Model, Options, logits_dtype, pick, row_chunks
-from kdfast.ops.sparse_divergence import (
-    SampledTeacher,
-    TopKTeacher,
-    bucket_logits_reference,
-    tail_floor,
-    teacher_buckets,
-)
+from kdfast.ops.sparse_divergence import SampledTeacher, TopKTeacher
 from kdfast.ops.vocab_parallel import Shard, vocab_parallel_total
 
 
@@ -52,31 +47,10 @@ from kdfast.ops.vocab_parallel import Shard, vocab_parallel_total
 def linear_divergence_reference(inputs: Inputs, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     """(L, D, CE) of every row, unweighted; 0 where row_weight is 0. All logits at once, in plain torch; any order of derivative."""
     x = head_logits(inputs.hidden, inputs.weight, inputs.bias, o.student_scale, o.student_cap, o.classes)
-    if inputs.ids is not None:
-        assert inputs.tail is not None
-        buckets = bucket_logits_reference(x, inputs.ids, o.temperature)
-        target = teacher_buckets(inputs.teacher, inputs.ids, inputs.tail, buckets.detach(), tail_floor(o.kind, o.a))
-        x_kd, z, temperature = buckets, target, 1.0
-    else:
-        x_kd, z, temperature = x, inputs.teacher, o.temperature
-        if inputs.teacher_weight is not None:
-            z = head_logits(z, inputs.teacher_weight, inputs.teacher_bias, o.teacher_scale, o.teacher_cap, o.classes)
-        z = z[:, : o.classes]
-    keep = (
-        torch.ones_like(inputs.hidden[:, 0], dtype=torch.bool) if inputs.row_weight is None else inputs.row_weight != 0
-    )
-    labels = None if inputs.labels is None else torch.where(keep, inputs.labels, 0)
-    beta = (o.a, o.b) if o.kind == "dkd" else o.a
-    dead = keep.logical_not().unsqueeze(-1)  # rows that may hold anything
-    kd = divergence_reference(
-        x_kd.masked_fill(dead, 0.0), z.masked_fill(dead, 0.0), kind=o.kind, beta=beta, temperature=temperature,
-        labels=labels if o.kind == "dkd" else None,
-    ).masked_fill(~keep, 0.0)  # fmt: skip
-    ce = torch.zeros_like(kd)
-    if o.ce_factor != 0:
-        assert labels is not None
-        ce = cross_entropy_rows(x, labels, keep, o.classes, -1, 0.0)
-    return _total(kd, ce, o), kd, ce
+    z = inputs.teacher
+    if inputs.teacher_weight is not None:
+        z = head_logits(z, inputs.teacher_weight, inputs.teacher_bias, o.teacher_scale, o.teacher_cap, o.classes)
+    return passes.logit_rows(x, z, inputs, o, backend="reference")
 
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float, classes: int) -> Tensor:
@@ -84,13 +58,7 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: floa
     logits = hidden.to(dtype) @ weight[:classes].to(dtype).T  # [N, C]
     if bias is not None:
         logits = logits + bias[:classes].to(dtype)
-    logits = logits * scale
-    return logits if cap == 0 else torch.tanh(logits.to(compute_dtype(logits)) / cap) * cap
-
-
-def _total(kd: Tensor, ce: Tensor, o: Options) -> Tensor:
-    """A term of factor 0 is left out: 0 times an infinite divergence is not 0."""
-    return sum((f * t for f, t in ((o.kd_factor, kd), (o.ce_factor, ce)) if f != 0), start=torch.zeros_like(kd))
+    return passes.soft_cap(logits * scale, cap)
 
 
 # ---------------------------------------------------------------- registration
@@ -152,51 +120,58 @@ def _sides(inputs: Inputs, o: Options, needs=(False,) * 6) -> tuple[Model, Model
     )
 
 
-@torch.library.impl(lib, "linear_divergence_rows", "CPU")
-def _rows_cpu(*args):
-    o = Options(*args[N_TENSORS:])
-    inputs, kept = _prepared(Inputs(*args[:N_TENSORS]))
-    out = [torch.zeros(len(inputs.hidden), dtype=_dtype(inputs)) for _ in range(3)]
-    with torch.autocast("cpu", enabled=False):  # inputs are taken as they are
+def _loop_rows(inputs: Inputs, o: Options, engine: type[passes.Engine]) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, kept = _prepared(inputs)
+    new = inputs.hidden.new_zeros
+    total, kd, ce = (new(len(inputs.hidden), dtype=_dtype(inputs)) for _ in range(3))
+    with torch.no_grad(), torch.autocast(inputs.hidden.device.type, enabled=False):  # inputs are taken as they are
         student, teacher = _sides(inputs, o)
         for rows in row_chunks(len(inputs.hidden), kept, o.chunk_rows):
             x, z = student.chunk(rows), teacher.chunk(rows)
-            labels = pick(inputs.labels, rows)
             with chunks.row_context(rows):
-                if inputs.ids is None:
-                    kd, ce = chunks.dense_rows(x, z, labels, o)
-                else:
-                    kd, ce = chunks.sparse_rows(x, z, inputs.ids[rows], inputs.tail[rows], labels, o)
-            for to, value in zip(out, (_total(kd, ce, o), kd, ce)):
-                to[rows] = value.to(to.dtype)
-    return tuple(out)
+                one, two = engine.rows(x, z, chunks.part_of(inputs, rows), o)
+            kd[rows], ce[rows] = one.to(kd.dtype), two.to(ce.dtype)
+        total += chunks.total_of(kd, ce, o)
+    return total, kd, ce
 
 
-@torch.library.impl(lib, "linear_divergence_sum", "CPU")
-def _sum_cpu(*args):
-    o, needs = Options(*args[N_TENSORS:-1]), args[-1]
-    inputs, kept = _prepared(Inputs(*args[:N_TENSORS]))
+def _loop_sum(inputs: Inputs, o: Options, needs, engine: type[passes.Engine]) -> tuple[Tensor, ...]:
+    inputs, kept = _prepared(inputs)
     need_student, need_teacher = any(needs[:3]), any(needs[3:])
-    parts = torch.zeros(2, dtype=torch.float64)
-    with torch.autocast("cpu", enabled=False):
+    parts = inputs.hidden.new_zeros(2, dtype=torch.float32 if inputs.hidden.device.type == "mps" else torch.float64)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
         student, teacher = _sides(inputs, o, needs)
         for rows in row_chunks(len(inputs.hidden), kept, o.chunk_rows):
             x, z = student.chunk(rows), teacher.chunk(rows)
-            labels, weight = pick(inputs.labels, rows), pick(inputs.row_weight, rows)
             with chunks.row_context(rows):
-                if inputs.ids is None:
-                    parts += chunks.dense_sum(x, z, labels, weight, o, need_student, need_teacher)
-                else:
-                    parts += chunks.sparse_sum(
-                        x, z, inputs.ids[rows], inputs.tail[rows], labels, weight, o, need_student
-                    )
+                sums, x, z = engine.sum(x, z, chunks.part_of(inputs, rows), o, need_student, need_teacher)
+            parts += sums
             if need_student:
                 student.take(x, rows)
             if need_teacher:
                 teacher.take(z, rows)
             del x, z
         grads = *student.gradients(), *teacher.gradients()
-    return _total(parts[0], parts[1], o).to(_dtype(inputs)), parts.to(_dtype(inputs)), *grads
+    return chunks.total_of(parts[0], parts[1], o).to(_dtype(inputs)), parts.to(_dtype(inputs)), *grads
+
+
+@torch.library.impl(lib, "linear_divergence_rows", "CPU")
+def _rows_cpu(*args):
+    return _loop_rows(Inputs(*args[:N_TENSORS]), Options(*args[N_TENSORS:]), passes.Core)
+
+
+@torch.library.impl(lib, "linear_divergence_sum", "CPU")
+def _sum_cpu(*args):
+    return _loop_sum(Inputs(*args[:N_TENSORS]), Options(*args[N_TENSORS:-1]), args[-1], passes.Core)
+
+
+def _rows_by(inputs: Inputs, o: Options, fused: bool) -> tuple[Tensor, ...]:
+    """The op, or its loop outside the dispatcher, where `divergence` may record a graph of one chunk."""
+    return _rows_op(*inputs, *o) if fused else _loop_rows(inputs, o, passes.Eager)
+
+
+def _sum_by(inputs: Inputs, o: Options, needs: list[bool], fused: bool) -> tuple[Tensor, ...]:
+    return _sum_op(*inputs, *o, needs) if fused else _loop_sum(inputs, o, needs, passes.Eager)
 
 
 # ---------------------------------------------------------------- autograd
@@ -209,12 +184,12 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        return _rows_op(*args[:N_TENSORS], *args[N_TENSORS])
+        return _rows_by(Inputs(*args[:N_TENSORS]), *args[N_TENSORS:])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:N_TENSORS])
-        ctx.options = inputs[N_TENSORS]
+        ctx.options, ctx.fused = inputs[N_TENSORS:]
         ctx.mark_non_differentiable(output[1], output[2])
 
     @staticmethod
@@ -224,9 +199,9 @@ class _Rows(torch.autograd.Function):
         if inputs.row_weight is not None:
             grad_rows = torch.where(inputs.row_weight != 0, grad_rows, 0.0)
         needs = list(ctx.needs_input_grad[:6])
-        _, _, *grads = _sum_op(*inputs._replace(row_weight=grad_rows), *ctx.options, needs)
+        _, _, *grads = _sum_by(inputs._replace(row_weight=grad_rows), ctx.options, needs, ctx.fused)
         grads = [g.to(t.dtype) if need else None for g, t, need in zip(grads, inputs, needs)]
-        return *grads, *(None,) * (N_TENSORS - 5)
+        return *grads, *(None,) * (N_TENSORS - 4)
 
 
 _apply_rows = applied(_Rows)
@@ -237,10 +212,10 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        tensors, options = args[:N_TENSORS], args[N_TENSORS]
-        loss, parts, *grads = _sum_op(*tensors, *options, list(ctx.needs_input_grad[:6]))
+        inputs, (options, fused) = Inputs(*args[:N_TENSORS]), args[N_TENSORS:]
+        loss, parts, *grads = _sum_by(inputs, options, list(ctx.needs_input_grad[:6]), fused)
         ctx.save_for_backward(*grads)
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors[:6]]
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs[:6]]
         ctx.mark_non_differentiable(parts)
         return loss, parts
 
@@ -249,7 +224,7 @@ class _Sum(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         needed = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:6])
         grads = [scale_gradient(grad, grad_loss, dtype) if need else None for grad, dtype, need in needed]
-        return *grads, *(None,) * (N_TENSORS - 5)
+        return *grads, *(None,) * (N_TENSORS - 4)
 
 
 def linear_divergence_total(
@@ -261,8 +236,9 @@ def linear_divergence_total(
             raise ValueError(
                 f"backend: expected None with a process_group, which has one implementation, got {backend!r}"
             )
-        return vocab_parallel_total(inputs, o, shard, _total, rows=rows)
-    if _choose(inputs, o, backend) == "reference":
+        return vocab_parallel_total(inputs, o, shard, chunks.total_of, rows=rows)
+    fused = _choose(inputs, o, backend) != "reference"
+    if not fused and not _by_chunks(inputs, backend):
         total, kd, ce = _checkpointed(inputs, o)
         if rows:
             return total, kd.detach(), ce.detach()
@@ -270,20 +246,20 @@ def linear_divergence_total(
         kept = weight != 0
         return tuple(torch.where(kept, t * weight, 0.0).sum() for t in (total, kd.detach(), ce.detach()))  # type: ignore[return-value]
     if rows or transforms_active():
-        total, kd, ce = _apply_rows(*inputs, o) if torch.is_grad_enabled() else _rows_op(*inputs, *o)
+        total, kd, ce = _apply_rows(*inputs, o, fused) if torch.is_grad_enabled() else _rows_by(inputs, o, fused)
         if rows:
             return total, kd, ce
         weight = torch.ones_like(total) if inputs.row_weight is None else inputs.row_weight.to(total.dtype)
         return tuple(torch.where(weight != 0, t * weight, 0.0).sum() for t in (total, kd, ce))  # type: ignore[return-value]
     if torch.is_grad_enabled():
-        loss, parts = _Sum.apply(*inputs, o)
+        loss, parts = _Sum.apply(*inputs, o, fused)
     else:
-        loss, parts = _sum_op(*inputs, *o, [False] * 6)[:2]
+        loss, parts = _sum_by(inputs, o, [False] * 6, fused)[:2]
     return loss, parts[0], parts[1]
 
 
 def _checkpointed(inputs: Inputs, o: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference by chunks of rows that the backward computes again: what devices without a core get."""
+    """The reference by chunks of rows that the backward computes again; every derivative."""
     n = len(inputs.hidden)
     if n <= o.chunk_rows or transforms_active() or torch.compiler.is_compiling():
         return linear_divergence_reference(inputs, o)
@@ -344,7 +320,7 @@ def linear_divergence(
             (student, teacher); a teacher given as logits is taken as it is.
         row_weight: [...] weights; the result is then the scalar sum of weight * row, its gradients made in the forward.
             Rows of weight 0 are left out before the products.
-        chunk_rows: rows of logits held at a time; None: 64 MiB of them on the CPU, 2048 rows on other devices.
+        chunk_rows: rows of logits held at a time; None: 64 MiB of them on the CPU, 512 MiB on other devices.
         backend: "cpu", "reference" or None for the best that can run.
         process_group: the heads (or the teacher's logits) are this rank's slice of the classes, in the order of ranks; everything
             else is equal on all ranks, labels, ids and vocab_size count the classes of all, and every rank calls forward and
@@ -371,6 +347,16 @@ def linear_divergence(
 
 
 # ---------------------------------------------------------------- choice
+def _by_chunks(inputs: Inputs, backend: str | None) -> bool:
+    """Whether what the core cannot take may run as its loop in plain calls: eager, and nothing only the reference can give."""
+    return (
+        (backend or forced_backend()) is None
+        and inputs.hidden.device.type != "meta"
+        and not (inputs.row_weight is not None and inputs.row_weight.requires_grad)
+        and not (torch.compiler.is_compiling() or transforms_active() or torch._C._len_torch_dispatch_stack())
+    )
+
+
 def _choose(inputs: Inputs, o: Options, backend: str | None) -> str:
     def cpu() -> str | None:
         if (why := core_reason()) is not None:

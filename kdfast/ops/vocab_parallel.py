@@ -28,7 +28,8 @@ from torch import Tensor
 from kdfast._checks import check_choice
 from kdfast._library import compute_dtype, first_derivative_only
 from kdfast.ops.divergence import KINDS, _f_divergence_rows, divergence_reference
-from kdfast.ops.linear_chunks import Inputs, Model, Options, capped, pick, row_chunks
+from kdfast.ops.linear_chunks import Inputs, Model, Options, pick, row_chunks
+from kdfast.ops.linear_passes import capped
 from kdfast.ops.sparse_divergence import bucket_logits, bucket_logits_backward, tail_floor, teacher_buckets
 
 SPLIT_KINDS = tuple(kind for kind in KINDS if kind != "dkd")

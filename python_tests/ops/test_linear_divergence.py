@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from tolerances import check_against_reference
 import kdfast
 from kdfast.ops import SampledTeacher, TopKTeacher, divergence, linear_divergence, sparse_divergence
 from kdfast.ops.divergence import KINDS
-from kdfast.ops.linear_chunks import Options, dense_sum
+from kdfast.ops.linear_chunks import Options
 from kdfast.ops.linear_divergence import linear_divergence_total
+from kdfast.ops.linear_passes import dense_sum
 from kdfast.ops.sparse_divergence import SPARSE_KINDS
 
 HAS_CORE = kdfast.backend_info()["compiled"]
@@ -26,9 +28,15 @@ N, D, DT, V, VT = 11, 8, 12, 37, 41
 CASES = [(k, (1.0, 8.0) if k == "dkd" else 0.3) for k in KINDS]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
+@pytest.fixture(params=[*BACKENDS, "loop"])
+def backend(request, monkeypatch):
+    """The reference, the core, and "loop": what a GPU and an installation without a core run, here by hiding the core from it."""
+    if request.param != "loop":
+        return request.param
+    module = sys.modules["kdfast.ops.linear_divergence"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "core_reason", lambda: "hidden by this test")
+    monkeypatch.setattr(module, "_checkpointed", None)  # a fall back to the reference would fail
+    return None
 
 
 def tensors(dtype=torch.float64, rows=(N,), grad=True, seed=0, classes=V):
