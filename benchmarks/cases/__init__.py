@@ -17,6 +17,8 @@ MEMORY = {
     "sinkhorn_cost_512x512_fp32": 10,
     "sinkhorn_cost_2048x2048_fp32": 10,
     "token_graph_loss_4096x512_512_fp32": 20,
+    "linear_forward_kl_2048x151936_h512_fp32": 10,
+    "linear_forward_kl_2048x151936_h512_bf16": 10,
 }
 
 
