@@ -60,7 +60,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "kd3", 8, "Distribution Shift Matters for Knowledge Distillation with Webly Collected Images",
-        "2307.11469", 2023, task="web_digits", needs=("teacher", "features", "unlabelled data"), ops=("divergence", "pairwise"), parts=("mixing", "all-pairs contrast"), status="planned",
+        "2307.11469", 2023, task="web_digits", needs=("teacher", "features", "unlabelled data"), ops=("pairwise",), parts=("mixing", "all-pairs contrast"), status="ready",
     ),
     Row(
         "ff_g2m", 9, "Extracting Low-/High-Frequency Knowledge from Graph Neural Networks and Injecting it into MLPs",

@@ -22,6 +22,7 @@ TASKS = {
     "mixed_digits": "kdfast.data.mixed_digits:mixed_digits_task",
     "two_view_digits": "kdfast.data.two_view_digits:two_view_digits_task",
     "aspect_digits": "kdfast.data.aspect_digits:aspect_digits_task",
+    "web_digits": "kdfast.data.web_digits:web_digits_task",
     "other_digits": "kdfast.data.other_digits:other_digits_task",
     "relabelled_digits": "kdfast.data.relabelled_digits:relabelled_digits_task",
     "digit_turns": "kdfast.data.digit_turns:digit_turns_task",

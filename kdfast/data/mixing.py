@@ -1,4 +1,4 @@
-"""Mixup: pairs of a batch added up with random shares, all of them or only some."""
+"""Mixing within a batch: pairs added up with random shares (mixup, all or only some), or the statistics of their channels."""
 
 from __future__ import annotations
 
@@ -69,6 +69,22 @@ def draw_mixup(
     return MixDraw(lam, first, second, unmixed)
 
 
+def check_shares(name: str, lam: Tensor, rows: int) -> None:
+    """ValueError unless [rows] numbers in [0, 1]."""
+    if lam.shape != (rows,):
+        raise ValueError(f"{name}: expected shape ({rows},), one entry per row, got {tuple(lam.shape)}")
+    if readable(lam) and lam.numel() and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"{name}: expected shares in [0, 1], got {lam.min().item():g} to {lam.max().item():g}")
+
+
+def check_permutation(name: str, index: Tensor, rows: int) -> None:
+    """ValueError unless a permutation of [0, rows)."""
+    if index.shape != (rows,):
+        raise ValueError(f"{name}: expected shape ({rows},), one entry per row, got {tuple(index.shape)}")
+    if readable(index) and not torch.equal(index.sort().values, torch.arange(rows)):
+        raise ValueError(f"{name}: expected a permutation of {rows} rows, got {index.tolist()}")
+
+
 def mix(inputs: Tensor, labels: Tensor, draw: MixDraw) -> Mixed:
     """x~_i = lam_i x[first_i] + (1 - lam_i) x[second_i], with lam = 1 at the unmixed positions; labels alike.
 
@@ -82,18 +98,11 @@ def mix(inputs: Tensor, labels: Tensor, draw: MixDraw) -> Mixed:
     rows = inputs.shape[:1]
     check_labels(labels, rows, labels.device)
     lam, first, second, unmixed = (tensor.to(inputs.device) for tensor in draw)
-    for name, tensor in (("lam", lam), ("first", first), ("second", second)):
-        if tensor.shape != rows:
-            raise ValueError(f"{name}: expected shape {tuple(rows)}, one entry per row, got {tuple(tensor.shape)}")
-    if readable(lam):
-        if lam.numel() and not bool(((lam >= 0) & (lam <= 1)).all()):
-            raise ValueError(f"lam: expected shares in [0, 1], got {lam.min().item():g} to {lam.max().item():g}")
-        order = torch.arange(len(inputs))
-        for name, tensor in (("first", first), ("second", second)):
-            if not torch.equal(tensor.sort().values, order):
-                raise ValueError(f"{name}: expected a permutation of {len(inputs)} rows, got {tensor.tolist()}")
-        if unmixed.numel() and not 0 <= int(unmixed.min()) <= int(unmixed.max()) < len(inputs):
-            raise ValueError(f"unmixed: expected positions in [0, {len(inputs)}), got {unmixed.tolist()}")
+    check_shares("lam", lam, len(inputs))
+    check_permutation("first", first, len(inputs))
+    check_permutation("second", second, len(inputs))
+    if readable(unmixed) and unmixed.numel() and not 0 <= int(unmixed.min()) <= int(unmixed.max()) < len(inputs):
+        raise ValueError(f"unmixed: expected positions in [0, {len(inputs)}), got {unmixed.tolist()}")
     lam = lam.to(compute_dtype(inputs)).scatter(0, unmixed, 1.0)
     share = lam.view(-1, *[1] * (inputs.dim() - 1)).to(inputs.dtype)
     mixed = share * inputs[first] + (1 - share) * inputs[second]
@@ -130,3 +139,31 @@ class MixedRows(Dataset):
         draw = draw_mixup(len(indices), beta=self.beta, unmixed_fraction=self.unmixed_fraction)
         mixed = mix(self.inputs[indices], self.labels[indices], draw)
         return mixed.inputs, soft_labels(mixed.labels_a, mixed.labels_b, mixed.lam, self.num_classes)
+
+
+# ---------------------------------------------------------------- channel statistics
+def mix_distribution(images: Tensor, lam: Tensor, perm: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Each image with the channel means and deviations of itself and another one, mixed; statistics carry no gradient.
+
+        x' = (x - mu) / sig (lam sig + (1 - lam) sig[perm]) + lam mu + (1 - lam) mu[perm],   sig = sqrt(unbiased variance + eps)
+
+    Args: images: [B, C, H, W] with more than one pixel. lam: [B] shares in [0, 1]. perm: [B], a permutation.
+    """
+    check_float_tensor("images", images)
+    if images.dim() != 4 or images.shape[2] * images.shape[3] < 2:
+        raise ValueError(f"images: expected [B, C, H, W] with more than one pixel, got shape {tuple(images.shape)}")
+    check_shares("lam", lam, len(images))
+    check_permutation("perm", perm, len(images))
+    x = images.to(compute_dtype(images))
+    mean = x.detach().mean((2, 3), keepdim=True)
+    sigma = (x.detach().var((2, 3), keepdim=True) + eps).sqrt()
+    share = lam.to(x).view(-1, 1, 1, 1)
+    perm = perm.to(x.device)
+    mixed = (x - mean) / sigma * (share * sigma + (1 - share) * sigma[perm])
+    return (mixed + share * mean + (1 - share) * mean[perm]).to(images.dtype)
+
+
+def draw_mix_distribution(batch_size: int, *, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
+    """lam_i ~ Beta(alpha, alpha) for each image, and a permutation."""
+    check_number("alpha", alpha, low=0.0, open_low=True)
+    return torch.distributions.Beta(alpha, alpha).sample((batch_size,)), torch.randperm(batch_size)
