@@ -5,7 +5,8 @@
     python -m benchmarks.leaderboard --seeds 1 --steps 2 --out build/leaderboard        a try
 
 Task: digits, teacher CNN of three stages with 288k weights on 900 labels, student CNN with 18k weights on 200 of them. Every method runs with its
-defaults, nothing is tuned for this task; what differs is in OPTIONS. Finished methods and seeds are read from the work folder.
+defaults, nothing is tuned for this task; what differs is in OPTIONS (start: it
+goes on from the trained student of that arm, so it had more steps). Finished methods and seeds are read from the work folder.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def measure(task: Task, *, seeds: int, steps: int | None, work: Path) -> dict[st
         results = run(
             task, arm.method or "kd", seeds=seeds, out=work / slug, steps=steps, arms=[arm], on_progress=tell
         )  # fmt: skip
-        found[slug] = results["arms"][arm.name] | {"options": OPTIONS.get(slug, {})}
+        found[slug] = results["arms"][arm.name] | {
+            "options": OPTIONS.get(slug, {}) | ({"start": arm.start} if arm.start else {})
+        }
         teacher = results["arms"].get("teacher", teacher)
     return {
         "task": task.title, "score": results["score"], "seeds": results["seeds"], "steps": steps or task.steps,
@@ -117,7 +120,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "*against*: the mean difference paired by seed, in points, and what its 95 % interval allows to say.",
+        "*against*: the mean difference paired by seed, in points, and what its 95 % interval allows to say. *start*: goes on from the",
+        "trained student of that arm, so it had more steps.",
         "",
     ]
     if results["left_out"]:
