@@ -11,7 +11,10 @@ def run(inputs, params):
     if "ce_head_labeled" in inputs:
         options = {name: params[name] for name in OPTIONS if name in params}
         labelled = (inputs[name] for name in ("ce_head_labeled", "kd_head_labeled", "labels", "teacher_labeled"))
-        unlabelled = (inputs.get(name) for name in ("kd_head_unlabeled", "teacher_unlabeled"))
+        unlabelled = [inputs.get(name) for name in ("kd_head_unlabeled", "teacher_unlabeled")]
+        unlabelled = [
+            None if rows is None or not rows.numel() else rows for rows in unlabelled
+        ]  # [] has lost its classes
         loss = dho_loss(*labelled, *unlabelled, **options)
         return {"total": loss.loss, **loss.parts}
     ce, kd, labels = inputs["ce_head"], inputs["kd_head"], inputs["labels"]
