@@ -92,7 +92,7 @@ def mst_loss(
         student: s [B, C] or [B, C, H, W]. target: [B] or [B, H, W] integers or `ignore_index`, which leaves CE only.
         teachers: Z [E, B, C, ...] or a list; with `index` [B, k] (from `route`) only the chosen ones [k, B, C, ...].
         gate_logits: [B, E], of the undetached student. balance: "kl", "cv" or None. gate_gradient: "none", KD does not reach the gate;
-            "weighted", it does, with p renormalised over the chosen. batchmean_quirk: the extra 1/E of "kl".
+            "weighted", it does, with p renormalised over the chosen (nothing with k = 1: that weight is 1). batchmean_quirk: the extra 1/E of "kl".
     Returns:
         LossOutput(loss, {"task", "kd", "balance", "num_teacher_0", ...}), without weights; how often each teacher was chosen.
     Raises:
@@ -306,14 +306,13 @@ class Method(MethodBase):
         """The student alone, taught by one teacher, by the mean of all variants, by the routed ones, by those of a gate that learns."""
         steps: dict[str, Any] = {"stage1_steps": stage1_steps, "stage2_steps": stage2_steps, "epochs": epochs}
 
-        def arm(source: str, **options: Any) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
-            return lambda: MSTNetworks(
-                *networks(), classes, [("first", 64), ("second", 64)], source=source
-            ), steps | options
+        def arm(source: str, top_k: int = 1, **options: Any) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
+            layers = [("first", 64), ("second", 64)]
+            return lambda: MSTNetworks(*networks(), classes, layers, source=source, top_k=top_k), steps | options
 
         return {
             "alone": arm("none"), "multimodal": arm("multimodal"), "cross": arm("cross"), "average": arm("average"),
-            "weighted": arm("routed", gate_gradient="weighted"), "mst": arm("routed"),
+            "weighted": arm("routed", top_k=2, gate_gradient="weighted"), "mst": arm("routed"),
         }  # fmt: skip
 
     def stage(self, step: int) -> int:
