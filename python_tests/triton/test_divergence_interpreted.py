@@ -98,7 +98,10 @@ def test_these_tests_run_triton_kernels(monkeypatch):
 @pytest.mark.parametrize(("kind", "beta"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_within_the_error_budget(kind, beta, dtype, monkeypatch):
-    for name, classes, temperature in (("whole", 2, 1.0), ("whole", 37, 0.5), ("tiles", 201, 2.0), ("split", 330, 1.0)):
+    shapes = [("whole", 37, 0.5), ("tiles", 201, 2.0)]  # a half type differs in what it loads and stores only
+    if dtype in (torch.float32, torch.float64):
+        shapes += [("whole", 2, 1.0), ("split", 330, 1.0)]
+    for name, classes, temperature in shapes:
         use_form(name, monkeypatch)
         student, teacher = logits(3, classes, dtype=dtype, seed=classes)
         teacher.requires_grad_(kind != "dkd")
