@@ -26,7 +26,6 @@ from kdfast.ops.sparse_divergence import BLOCK_BYTES
 CHUNK_BYTES = 64 << 20  # one chunk of logits: products of that many rows run at full speed
 # A float32 block of a weight's gradient. Above 32 MB glibc gives a block back to the system as soon as it is freed.
 GRADIENT_BYTES = 40 << 20
-ADDED_ROWS = 2048
 
 Rows = slice | Tensor  # the rows of a chunk: neighbours, or the kept ones among ignored rows
 
@@ -150,8 +149,8 @@ class Model:
         if needs[1] and weight is not None:
             if weight.dtype == torch.bfloat16:
                 self.weight_blocks = [
-                    weight.new_empty(at.stop - at.start, weight.shape[1], dtype=torch.float32)
-                    for at in blocks(classes, GRADIENT_BYTES // (4 * weight.shape[1]))
+                    weight.new_empty((at.stop - at.start) * weight.shape[1], dtype=torch.float32)
+                    for at in self._class_blocks()
                 ]
             else:
                 self.grad_weight = new_empty(weight, tuple(weight.shape), self.wide)
@@ -207,28 +206,32 @@ class Model:
             total.addmm_(grad[:, at], self.weight[at].to(grad.dtype), alpha=self.scale)
         return total
 
+    def _class_blocks(self) -> Iterator[slice]:
+        assert self.full_weight is not None
+        yield from blocks(self.classes, GRADIENT_BYTES // (4 * self.full_weight.shape[1]))
+
+    def _feature_blocks(self) -> Iterator[slice]:
+        assert self.full_weight is not None
+        yield from blocks(self.full_weight.shape[1], max(GRADIENT_BYTES // (2 * max(self.classes, 1)) // 64 * 64, 64))
+
     def _add_by_blocks(self, grad: Tensor, hidden: Tensor) -> None:
         """bfloat16 weights: the products of a chunk are bfloat16, their sum over chunks is float32.
 
         The product is cut along the features: one with a column slice of the chunk is 8 times slower (measured). The sum is
-        cut along the classes, so that a finished part of it can be freed.
+        cut along the classes, so that a finished part of it can be freed. A block is kept tile by tile, each contiguous: adding
+        to a strided one takes twice as long (measured).
         """
         assert self.weight_blocks is not None
-        for at in blocks(hidden.shape[1], max(GRADIENT_BYTES // (2 * max(self.classes, 1)) // 64 * 64, 64)):
-            part = torch.mm(grad.T, hidden[:, at].to(grad.dtype))  # [C, few features]
-            start = 0
-            for block in self.weight_blocks:
-                for some in blocks(
-                    len(block), ADDED_ROWS
-                ):  # torch makes a float32 copy to add; a small one stays in cache
-                    rows, to = part[start + some.start : start + some.stop], block[some, at]
-                    if not self.first:
-                        to.add_(rows, alpha=self.scale)
-                    elif self.scale == 1.0:
-                        to.copy_(rows)
-                    else:
-                        torch.mul(rows, self.scale, out=to)
-                start += len(block)
+        for features in self._feature_blocks():
+            part = torch.mm(grad.T, hidden[:, features].to(grad.dtype))  # [C, few features]
+            for classes, block in zip(self._class_blocks(), self.weight_blocks):
+                rows, to = part[classes], _tile(block, classes, features)
+                if not self.first:
+                    to.add_(rows, alpha=self.scale)
+                elif self.scale == 1.0:
+                    to.copy_(rows)
+                else:
+                    torch.mul(rows, self.scale, out=to)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of inputs, weight and bias; empty where not asked for."""
@@ -243,11 +246,10 @@ class Model:
             else:
                 grad_weight = new_empty(self.full_weight, tuple(self.full_weight.shape))
                 grad_weight[self.classes :] = 0
-                start = 0
-                while self.weight_blocks:  # each freed once it is rounded: two whole copies never exist
+                for classes in self._class_blocks():  # each freed once it is rounded: two whole copies never exist
                     block = self.weight_blocks.pop(0)
-                    grad_weight[start : start + len(block)] = block
-                    start += len(block)
+                    for features in self._feature_blocks():
+                        grad_weight[classes, features] = _tile(block, classes, features)
                     del block
         elif self.grad_weight is not None:
             assert self.full_weight is not None
@@ -261,6 +263,12 @@ class Model:
         if self.grad_inputs is not None:
             grad_inputs = self.grad_inputs
         return grad_inputs, grad_weight, grad_bias
+
+
+def _tile(block: Tensor, classes: slice, features: slice) -> Tensor:
+    """Where a flat block of classes keeps some of their features."""
+    n = classes.stop - classes.start
+    return block[n * features.start : n * features.stop].view(n, features.stop - features.start)
 
 
 def stored(tensor: Tensor) -> torch.dtype:

@@ -404,6 +404,31 @@ def test_no_more_than_two_chunks_and_only_the_gradients_asked_for():
 
 
 @needs_core
+@pytest.mark.parametrize("logit_scale", [1.0, 0.5])
+def test_a_bfloat16_weights_gradient_in_many_blocks(monkeypatch, logit_scale):
+    """37 classes of 130 features in tiles of 7 and 64, over chunks and with classes left out, equal one block's."""
+    g = torch.Generator().manual_seed(0)
+    h, w, ht, wt = (torch.randn(*s, generator=g).bfloat16() for s in ((N, 130), (V, 130), (N, DT), (V, DT)))
+    w.requires_grad_()
+    results = []
+    for size in (40 << 20, 4000):
+        monkeypatch.setattr(sys.modules["kdfast.ops.linear_chunks"], "GRADIENT_BYTES", size)
+        loss = linear_divergence(
+            h,
+            w,
+            ht,
+            teacher_weight=wt,
+            row_weight=torch.ones(N),
+            chunk_rows=4,
+            vocab_size=V - 2,
+            logit_scale=logit_scale,
+        )
+        results.append(torch.autograd.grad(loss, w)[0])
+    assert results[0].abs().max() > 0.1 and bool((results[0][-2:] == 0).all())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-3)  # products of other shapes
+
+
+@needs_core
 def test_ignored_rows_are_left_out_before_the_products(monkeypatch):
     from kdfast.ops import linear_chunks
 
