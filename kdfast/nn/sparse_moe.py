@@ -13,10 +13,11 @@ from kdfast._checks import check_choice, check_int, check_number
 from kdfast._library import compute_dtype
 from kdfast.losses.module import LossOutput
 from kdfast.losses.routing import importance_load_loss, load_balancing_loss, uniform_kl_loss
+from kdfast.nn.expert_parallel import Exchange
 from kdfast.ops.routing import Routing, route_topk
 from kdfast.ops.routing_experts import ACTIVATIONS, grouped_linear, grouped_mlp
 from kdfast.ops.routing_noise import drop_second_choice, jitter, noisy_logits
-from kdfast.ops.routing_plan import combine, dispatch, expert_capacity, make_plan
+from kdfast.ops.routing_plan import Plan, combine, dispatch, expert_capacity, make_plan
 
 BALANCE = ("load", "first_choice", "importance_load", "uniform_kl")
 NOISE = ("normal", "jitter", "second_choice")
@@ -48,7 +49,7 @@ class SparseMoE(nn.Module):
 
     After a forward pass in training, `aux_loss` (with gradient) and `aux_parts` (detached, unweighted) hold its losses and
     `load` the rows of each expert; they are not part of the state and are not copied or pickled.
-    Under autocast the experts run in the autocast dtype.
+    Under autocast the experts run in the autocast dtype. `kdfast.nn.expert_parallel` shares the experts out over processes.
     """
 
     load: Tensor
@@ -125,6 +126,7 @@ class SparseMoE(nn.Module):
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
         self.aux_loss: Tensor | None = None
         self.aux_parts: dict[str, Tensor] = {}
+        self.exchange: Exchange | None = None  # set by expert_parallel
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -189,6 +191,8 @@ class SparseMoE(nn.Module):
 
     def _aux(self, routing: Routing, extra: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         terms: dict[str, tuple[float, Tensor]] = {}
+        if self.exchange is not None:
+            routing = self.exchange.statistics(routing)
         if self.balance == "importance_load":
             terms["balance"] = self.balance_weight, importance_load_loss(routing, **extra)
         elif self.balance == "uniform_kl":
@@ -203,7 +207,12 @@ class SparseMoE(nn.Module):
             total = total + weight * term if weight else total
         return total, {name: term.detach() for name, (_, term) in terms.items()}
 
-    def _experts(self, flat: Tensor, plan, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    def _experts(self, flat: Tensor, plan: Plan, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.exchange is None:
+            return self._own_experts(flat, plan, weights, dtype)
+        return self.exchange.run(flat, plan, weights, lambda rows, own: self._own_experts(rows, own, None, dtype))
+
+    def _own_experts(self, flat: Tensor, plan: Plan, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
         w1, w2 = self.w1.to(dtype), self.w2.to(dtype)
         b1, b2, w3 = _as(self.b1, dtype), _as(self.b2, dtype), _as(self.w3, dtype)
         if not (self.dropout and self.training):
