@@ -56,7 +56,7 @@ def test_switch_dit_measures_shared_experts(tmp_path):
     out = tmp_path / "results" / "switch_dit.json"
     results = switch_dit.run(out, seeds=1, steps=2, work=tmp_path / "work")
     assert results["parameters"]["dit"] < results["parameters"]["whole"] == results["parameters"]["no_prior"]
-    assert len(results["sentences"]) == 5 and len(results["shared_experts"]["whole"][0]) == 4
+    assert len(results["sentences"]) == 7 and len(results["shared_experts"]["whole"][0]) == 4
     assert switch_dit.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
 
 

@@ -33,6 +33,7 @@ ORIENTATIONS = ("row", "column")
 DIRECTIONS = ("student_teacher", "teacher_student")
 # Up to so many tokens all distances are computed directly: the product and its bookkeeping cost more.
 DIRECT_TOKENS = 128
+REFERENCE_BYTES = 8 << 20  # of differences that the reference holds at a time
 LARGEST_INVERSE = (1 - 1e-5) / NORM_FLOOR  # factors above belong to tokens shorter than the floor
 
 
@@ -43,8 +44,10 @@ def knn_graph_reference(tokens: Tensor, k: int, *, sigma: float = 1.0) -> tuple[
     n = len(x)
     with torch.no_grad():
         chosen = []
-        for start, stop in row_blocks(n, n * x.shape[1], x.element_size()):  # [rows, n, D] at a time
-            d2 = (x[start:stop].unsqueeze(1) - x.unsqueeze(0)).square().sum(-1)
+        step = max(1, REFERENCE_BYTES // (n * x.shape[1] * x.element_size() + 1))
+        for start in range(0, n, step):  # [rows, n, D] at a time
+            stop = min(start + step, n)
+            d2 = (x[start:stop].unsqueeze(1) - x.unsqueeze(0)).square_().sum(-1)
             order = (
                 d2.nan_to_num(nan=torch.inf, posinf=torch.inf).sort(dim=-1, stable=True).indices
             )  # NaN ranks with infinity
