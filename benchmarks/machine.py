@@ -30,7 +30,7 @@ STANDS_ON = {
     "pairwise": ("relation",),
     "relation": ("pairwise",),
     "token_graph": ("relation", "sparse_kl"),
-    "linear": ("divergence",),
+    "linear_divergence": ("linear", "divergence", "sparse_divergence"),
     "sinkhorn": ("pairwise",),
 }
 
