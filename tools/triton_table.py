@@ -256,8 +256,7 @@ reference, and by compiling them for four GPUs. So there is no speed here, only 
 `selective_kl` reads both maps once up to 256 classes (8192 with the classes last; half in float64): 8 bytes of a float32 logit pair, 4 written for
 each gradient, and the labels once more to know by what to divide; `normalizer="selected"` reads the maps twice. Beyond 256
 classes: three times. Routing scores read the logits once, a plan takes five launches (eight in choice order), dispatch and
-combine read and write each row of the model once; these kernels are tested but not called yet, `kdfast.ops.routing` runs the
-reference on a GPU.
+combine read and write each row of the model once; the grouped products of the experts run the reference.
 
 `make test-triton` runs both checks, in two processes: a kernel defined under the interpreter cannot be compiled. The tests that
 need a GPU, a CUDA graph among them, are in `python_tests/triton/test_on_a_gpu.py` and skip without one.

@@ -56,6 +56,8 @@ from kdfast._library import (
     operand,
     readable,
 )
+from kdfast.triton import reason as triton_reason
+from kdfast.triton import register
 
 SCORES = ("softmax_after_topk", "softmax", "sigmoid", "sqrt_softplus", "logits", "mean")
 
@@ -247,6 +249,9 @@ def _routing_scores_backward_cpu(grad_weights, grad_mean_probs, grad_lse, logits
     return grad
 
 
+register("routing_scores", "routing", "scores")
+register("routing_scores_backward", "routing", "scores_backward")
+
 # ---------------------------------------------------------------- autograd
 _scores_op = direct(torch.ops.kdfast.routing_scores.default, _routing_scores_cpu)
 _scores_backward_op = direct(torch.ops.kdfast.routing_scores_backward.default, _routing_scores_backward_cpu)
@@ -305,7 +310,7 @@ def route_topk(
         mask: [N] bool, True = keep. Other rows (padding) are not read: ids -1, weights 0, not counted.
         validate: read the values: NaN, +inf or a row of only -inf raises. Default: on the CPU and under
             `kdfast.debug()`. Without it such a row has NaN weights and distinct ids inside [0, E), NaN sorted last.
-        backend: "cpu", "reference" or None for the best that can run.
+        backend: "cpu", "triton", "reference" or None for the best that can run.
     Returns:
         Routing(ids, weights, counts, mean_probs, lse).
     Differentiable: weights, mean_probs and lse in logits, once; `backend="reference"` gives every derivative. With k = 1 a
@@ -322,9 +327,11 @@ def route_topk(
         validate = logits.device.type == "cpu" or debugging()
     if bias is not None and validate and readable(bias) and bool((torch.isnan(bias) | (bias == math.inf)).any()):
         raise ValueError("bias: expected finite values or -inf, got NaN or +inf")
-    if choose("route_topk", backend, {"cpu": lambda: _cpu_reason(logits)}, (logits,)) == "reference":
-        if validate and (readable(logits) or debugging()):
-            _check_values(logits, mask)
+    rules = {"cpu": lambda: _cpu_reason(logits), "triton": lambda: triton_reason("route_topk", logits)}
+    chosen = choose("route_topk", backend, rules, (logits,))
+    if chosen != "cpu" and validate and (readable(logits) or debugging()):  # the CPU kernel looks itself
+        _check_values(logits, mask)
+    if chosen == "reference":
         return route_topk_reference(
             logits, k, score=score, normalise=normalise, eps=eps, route_scale=route_scale, bias=bias, groups=groups,
             topk_groups=topk_groups, mask=mask,

@@ -40,6 +40,8 @@ from kdfast._library import (
     new_empty,
     readable,
 )
+from kdfast.triton import reason as triton_reason
+from kdfast.triton import register
 
 ORDERS = ("token", "choice")
 INTEGERS = (torch.int32, torch.int64)
@@ -275,6 +277,11 @@ def _routing_combine_backward_cpu(grad, rows, weights, inverse, order, need_rows
     return grad_rows, grad_weights
 
 
+register("routing_plan", "routing", "plan")
+register("routing_gather", "routing", "gather")
+register("routing_combine", "routing", "combine")
+register("routing_combine_backward", "routing", "combine_backward")
+
 # ---------------------------------------------------------------- autograd
 _plan_op = direct(torch.ops.kdfast.routing_plan.default, _routing_plan_cpu)
 _gather_op = direct(torch.ops.kdfast.routing_gather.default, _routing_gather_cpu)
@@ -330,7 +337,10 @@ def fused_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
         away = next((t.device for t in tensors if t is not None and t.device.type not in ("cpu", "meta")), None)
         return None if away is None else f"the tensors are on {away}"
 
-    return choose(op, backend, {"cpu": cpu}, tensors)
+    def triton() -> str | None:
+        return triton_reason(op, *(t for t in tensors if t is not None))
+
+    return choose(op, backend, {"cpu": cpu, "triton": triton}, tensors)
 
 
 # ---------------------------------------------------------------- public
@@ -374,9 +384,15 @@ def make_plan(
         raise ValueError(f"skip_zero: expected the shape of ids {tuple(ids.shape)}, got {tuple(skip_zero.shape)}")
     if validate is None:
         validate = ids.device.type == "cpu" or debugging()
-    if fused_backend("make_plan", backend, ids) == "reference":
-        if validate and (readable(ids) or debugging()) and bool(((ids < -1) | (ids >= num_experts)).any()):
-            raise ValueError(f"ids: expected -1 (dropped) or an expert in [0, {num_experts}), got one outside")
+    chosen = fused_backend("make_plan", backend, ids)
+    if (
+        chosen != "cpu"
+        and validate
+        and (readable(ids) or debugging())
+        and bool(((ids < -1) | (ids >= num_experts)).any())
+    ):
+        raise ValueError(f"ids: expected -1 (dropped) or an expert in [0, {num_experts}), got one outside")
+    if chosen == "reference":
         return make_plan_reference(ids, num_experts, block=block, capacity=capacity, order=order, weights=skip_zero)
     keep = None if skip_zero is None else skip_zero.detach() != 0
     tensors = _plan_op(ids, keep, num_experts, block, capacity or 0, order == "choice", validate)

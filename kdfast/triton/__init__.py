@@ -18,7 +18,7 @@ from torch import Tensor
 from kdfast._library import lib
 
 # The ops that have kernels here, as `kdfast.ops` names them.
-OPS: tuple[str, ...] = ("divergence", "selective_kl")
+OPS: tuple[str, ...] = ("divergence", "selective_kl", "route_topk", "make_plan", "dispatch", "combine")
 
 
 def _installed() -> bool:
