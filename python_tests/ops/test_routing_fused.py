@@ -102,6 +102,23 @@ def test_plan_in_a_graph(mode):
     check_mode(mode, function, (o["x"], spread_logits(7, 5, torch.float32).requires_grad_()))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's own
+def test_inductor():
+    """The whole layer, compiled for real, with its auxiliary statistics."""
+    o = operands()
+    w1, w2 = o["w1"].detach(), o["w2"].detach()
+
+    def function(x, logits):
+        routing = route_topk(logits, 2, score="softmax")
+        y = grouped_mlp(x, make_plan(routing.ids, 5), w1, None, w2, None, routing.weights)
+        return y.square().sum() + routing.mean_probs.square().sum() + routing.lse.sum()
+
+    inputs = o["x"], spread_logits(7, 5, torch.float32).requires_grad_()
+    want = torch.autograd.grad(function(*inputs), inputs)
+    got = torch.autograd.grad(torch.compile(function, fullgraph=True)(*inputs), inputs)
+    torch.testing.assert_close(got, want)
+
+
 # ---------------------------------------------------------------- error budget against float64
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("score", SCORES)
