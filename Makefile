@@ -27,12 +27,16 @@ demo: $(READY)
 test: $(READY)
 	KDFAST_EXPECT_CORE=1 $(BIN)/python -m pytest -q $(ARGS)
 
-# The tests of the ops on every instruction set below the best one, which `make test` ran; never above the machine's.
+# What exercises every kernel of the core. The linear and sparse ops are torch loops around kernels that are tested here.
+KERNEL_TESTS := python_tests/ops python_tests/test_core.py python_tests/test_library.py --ignore-glob='*linear*' \
+  --ignore-glob='*sparse_divergence*' -k "not inductor and not gradcheck_of_the_reference"
+
+# The tests of the kernels on every instruction set below the best one, which `make test` ran; never above the machine's.
 test-isa: $(READY)
 	failed=0; for isa in $$($(BIN)/python -c "import kdfast; print(*kdfast.backend_info()['cpu']['isas'][:-1])"); do \
 	  echo "== KDFAST_CPU_ISA=$$isa"; \
 	  KDFAST_CPU_ISA=$$isa KDFAST_EXPECT_CORE=1 HYPOTHESIS_PROFILE=dev \
-	    $(BIN)/pytest -q python_tests/ops python_tests/test_core.py -k "not inductor and not gradcheck_of_the_reference" $(ARGS) || failed=1; \
+	    $(BIN)/pytest -q $(KERNEL_TESTS) $(ARGS) || failed=1; \
 	done; exit $$failed
 
 # The Triton kernels without a GPU: under the interpreter, and compiled ahead of time. Two processes, since a kernel that was
@@ -47,7 +51,7 @@ test-triton: $(READY)
 triton-table: $(if $(VIRTUAL_ENV),,$(READY))
 	PYTHONPATH=$(CURDIR) $(ACTIVE) tools/triton_table.py
 
-# The ops' tests on a core with AddressSanitizer and UndefinedBehaviorSanitizer. -k: a compiler would inherit the preload, and
+# The kernels' tests on a core with AddressSanitizer and UndefinedBehaviorSanitizer. -k: a compiler would inherit the preload, and
 # the reference's own derivatives run no kernel. --capture=sys leaves the sanitizers their stream: a report captured by a
 # process that then aborts is lost.
 # The package is a folder of links to the sources beside the sanitized core, found first through PYTHONPATH.
@@ -62,8 +66,7 @@ sanitize: $(READY)
 	PYTHONPATH=$(SANITIZED) KDFAST_EXPECT_CORE=$(SANITIZED) HYPOTHESIS_PROFILE=dev \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	  $(BIN)/pytest -q python_tests/ops python_tests/test_core.py -p no:cacheprovider --capture=sys \
-	    -k "not inductor and not gradcheck_of_the_reference" $(ARGS)
+	  $(BIN)/pytest -q -p no:cacheprovider --capture=sys $(KERNEL_TESTS) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

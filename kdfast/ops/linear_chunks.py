@@ -26,6 +26,7 @@ from kdfast.ops.sparse_divergence import BLOCK_BYTES
 CHUNK_BYTES = 64 << 20  # one chunk of logits: products of that many rows run at full speed
 # A float32 block of a weight's gradient. Above 32 MB glibc gives a block back to the system as soon as it is freed.
 GRADIENT_BYTES = 40 << 20
+ADDED_ROWS = 2048
 
 Rows = slice | Tensor  # the rows of a chunk: neighbours, or the kept ones among ignored rows
 
@@ -227,7 +228,10 @@ class Model:
             for classes, block in zip(self._class_blocks(), self.weight_blocks):
                 rows, to = part[classes], _tile(block, classes, features)
                 if not self.first:
-                    to.add_(rows, alpha=self.scale)
+                    for some in blocks(
+                        len(rows), ADDED_ROWS
+                    ):  # torch makes a float32 copy to add: a small one stays in cache
+                        to[some].add_(rows[some], alpha=self.scale)
                 elif self.scale == 1.0:
                     to.copy_(rows)
                 else:
