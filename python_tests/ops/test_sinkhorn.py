@@ -1,6 +1,7 @@
 """sinkhorn and sinkhorn_cost: closed forms, marginals, symmetries, other packages' answers, gradients, masks, bad input."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -333,8 +334,12 @@ def test_bad_input(change, message):
 FUSED = [options for options in OPTIONS if not {"update", "reg_type", "epsilon"} & set(options)]
 # A softmax weight is a product of three exponentials of 2 ULP each and the reverse chains 2 n_iters of them: measured up to
 # 1.6e-5 (2 x 2 weights' gradients, where a constant added to f and taken from g is never damped). One row or one column:
-# gradients cancel to nothing, see test_one_by_one. Without a fused multiply-add (the baseline set) the same case has 4.0e-5.
-FLOOR = (5e-5 if kdfast.backend_info()["cpu"].get("isa") == "baseline" else 2e-5, 3e-6)
+# gradients cancel to nothing, see test_one_by_one. Without fused multiply-adds (the baseline set; the sanitized core, which is
+# optimised less and comes from a folder of its own) the same case has 4.0e-5.
+FUSED_ADDS = kdfast.backend_info()["cpu"].get("isa") != "baseline" and "/" not in os.environ.get(
+    "KDFAST_EXPECT_CORE", ""
+)
+FLOOR = (2e-5 if FUSED_ADDS else 5e-5, 3e-6)
 
 
 def fused_and_reference(name, options):
