@@ -296,8 +296,8 @@ def test_temperature_per_row(kind, backend):
             temperature=float(temperature[0, column]),
             backend=backend,
         )
-        # twelve rows may run one per lane, three do not: another order of the sums
-        torch.testing.assert_close(rows[:, column], alone, rtol=1e-5, atol=1e-8)
+        # twelve rows may run one per lane, three do not: sums in another order, of probabilities good to 1e-7 (tvd: 1e-7 apart)
+        torch.testing.assert_close(rows[:, column], alone, rtol=1e-5, atol=5e-7)
     maps = divergence(
         student.movedim(-1, 1), teacher.movedim(-1, 1), kind=kind, temperature=temperature, dim=1, backend=backend
     )
