@@ -280,4 +280,8 @@ class Method(MethodBase):
             interpolate_(self.slow, student, self.tau)
 
     def deploy(self, setup: Setup) -> nn.Module:
-        return setup.student if self.slow is None else self.slow
+        if self.slow is None:
+            return setup.student
+        model = copy.deepcopy(setup.student)  # it trains on with the next teacher; the slow copy takes no gradients
+        model.load_state_dict(self.slow.state_dict())
+        return model

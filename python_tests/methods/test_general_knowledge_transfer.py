@@ -258,7 +258,8 @@ def test_a_student_loaded_after_construction_is_the_one_that_is_frozen():
 def test_interpolated_weights_are_the_result():
     student, teacher = networks()
     job = run(student, teacher, strategy="none", ce_weight=0.32, mcl=True, tau=0.75, every=2)
-    assert job.deploy() is job.method.slow
+    model = job.deploy()
+    assert torch.equal(model[0].weight, job.method.slow[0].weight) and model[0].weight.requires_grad
     torch.manual_seed(0)
     fast, teacher = networks()
     pytest.importorskip("accelerate")
@@ -313,6 +314,21 @@ def test_transfer_from_several_teachers(mode):
         assert torch.equal(student[0].weight, start)
         alone = [transfer(networks()[0], [teacher], loader(), 1) for teacher in (first, second)]
         torch.testing.assert_close(model[0].weight, (alone[0][0].weight + alone[1][0].weight) / 2)
+
+
+def test_averaged_student_goes_on_to_the_next_teacher():
+    pytest.importorskip("accelerate")
+    from kdfast.train import transfer
+
+    student, first = networks()
+    second = networks()[1]
+    with torch.no_grad():
+        second[2].bias.add_(torch.tensor([0.0, 5.0, 0.0]))
+    options = {"mcl": True, "tau": 0.5}
+    model = transfer(student, [first, second], loader(), 1, mode="sequential", options=options)
+    after_first = transfer(networks()[0], [first], loader(), 1, options=options)
+    want = transfer(after_first, [second], loader(), 1, options=options)
+    torch.testing.assert_close(model[0].weight, want[0].weight)
 
 
 def test_transfer_refuses_what_it_cannot_do():
