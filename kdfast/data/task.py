@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, default_collate
 
 from kdfast.metrics import accuracy
 
@@ -114,6 +114,8 @@ class Task:
 
 
 def _collate(data: Dataset) -> Callable | None:
+    while isinstance(data, Subset):  # always has __getitems__, and passes the indices on
+        data = data.dataset
     return as_read if hasattr(data, "__getitems__") else None
 
 

@@ -74,3 +74,14 @@ def test_layers_of_a_task_exist_and_have_the_widths_it_says(name):
 def test_unknown_task():
     with pytest.raises(ValueError, match=r"data: expected one of digits.*, got 'imagenet'"):
         load_task("imagenet")
+
+
+def test_a_subset_is_collated_like_what_it_is_a_subset_of():
+    from torch.utils.data import Subset, TensorDataset
+
+    x, y = torch.randn(10, 4), torch.arange(10)
+    task = load_task("digits")
+    for data in (TensorDataset(x, y), Rows(x, y)):
+        for part in (Subset(data, range(2, 8)), Subset(Subset(data, range(1, 9)), range(1, 7))):
+            inputs, labels = next(iter(task.eval_loader(part)))
+            assert torch.equal(inputs, x[2:8]) and labels.tolist() == [2, 3, 4, 5, 6, 7]
