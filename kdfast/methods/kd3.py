@@ -125,8 +125,10 @@ class Method(MethodBase):
         self.sweep: Callable[[str], Any] | None = None
         self.selected: Tensor
         self.epoch: Tensor
+        self.height: Tensor
         self.register_buffer("selected", torch.ones(0, dtype=torch.bool))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
+        self.register_buffer("height", torch.zeros((), dtype=torch.long))  # of the teacher's map, 0 until one was seen
 
     def start(self, setup: Setup) -> None:
         assert setup.teacher is not None
@@ -172,6 +174,7 @@ class Method(MethodBase):
             if epoch > int(self.epoch):
                 self.select(epoch)
         rows = len(context.batch[0]) // 2
+        self.height.fill_(context.teacher_features["tokens"].shape[2])
         maps = context.student_features["tokens"], context.teacher_features["tokens"]
         keep = torch.ones(rows, dtype=torch.bool, device=maps[0].device)
         if self.cutoff is not None:
@@ -193,4 +196,5 @@ class Method(MethodBase):
         )
 
     def deploy(self, setup: Setup) -> nn.Module:
-        return ReusedClassifier(setup.student, setup.capture["tokens"], self.transfer, self.classifier[0])
+        height = int(self.height) or None
+        return ReusedClassifier(setup.student, setup.capture["tokens"], self.transfer, self.classifier[0], height)

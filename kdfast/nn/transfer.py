@@ -41,13 +41,20 @@ class ReusedClassifier(nn.Module):
     """classifier(mean of transfer(the student's last map)): logits of a student that borrows the teacher's classifier.
 
     Args: student, path: the model and where its last map is. transfer: a `TransferModule`. classifier: the teacher's, frozen.
+        height: of the teacher's map, to which a higher one is pooled as in `match_height`; None takes every map as it is.
     """
 
-    def __init__(self, student: nn.Module, path: str, transfer: nn.Module, classifier: nn.Module) -> None:
+    def __init__(
+        self, student: nn.Module, path: str, transfer: nn.Module, classifier: nn.Module, height: int | None = None
+    ) -> None:
         super().__init__()
+        self.height = height
         self.student, self.path, self.transfer, self.classifier = student, path, transfer, classifier
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         with capture_outputs(self.student, {"maps": self.path}) as found:
             self.student(*inputs, **named)
-        return self.classifier(self.transfer(found["maps"]).mean((2, 3)))
+        maps = found["maps"]
+        if self.height is not None and maps.shape[2] > self.height:
+            maps = F.adaptive_avg_pool2d(maps, self.height)
+        return self.classifier(self.transfer(maps).mean((2, 3)))

@@ -208,6 +208,26 @@ def test_inference_reuses_the_teachers_classifier():
     torch.testing.assert_close(model(images), teacher[3](method.transfer(student(images)).mean((2, 3))))
 
 
+def test_inference_pools_a_higher_student_map_as_training_does():
+    method, _, teacher, images = example(cutoff=None)
+    teacher.insert(0, nn.AvgPool2d(2))
+    student = nn.Conv2d(1, 2, 3, padding=1)
+    method(
+        methods.Context(
+            None, teacher(images).detach(), None, (images, None, torch.arange(6)), total_steps=100,
+            student_features={"tokens": student(images)}, teacher_features={"tokens": teacher[:2](images).detach()},
+        )
+    )  # fmt: skip
+    again, *_ = example(cutoff=None)
+    again.load_state_dict(method.state_dict())
+    again.eval()
+    setup = methods.Setup(nn.Sequential(student), teacher, lambda split: iter(()), capture={"tokens": "0"})
+    again.start(setup)
+    pooled, _ = match_height(student(images), teacher[:2](images))
+    assert pooled.shape[2:] == (2, 2)
+    torch.testing.assert_close(again.deploy(setup)(images), again.logits(again.transfer(pooled)))
+
+
 def test_experiment_runs_and_resumes(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("accelerate")
