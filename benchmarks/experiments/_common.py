@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,11 @@ def write(out: Path, results: dict[str, Any]) -> dict[str, Any]:
 
 def run_own(
     out: Path, data: str, method: str, claims: Claims, *, seeds: int, steps: int | None, task: Task | None, work: Path | None,
-    arms: Sequence[Arm] | None = None, measure: Measure | None = None,
+    arms: Sequence[Arm] | None = None, measure: Measure | None = None, more: Callable[[dict[str, Any]], list[str]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """One task, arms by name or the method's own: runs what `work` does not hold yet; returns and writes the results.
 
-    A result of as many seeds that is there already is returned as it stands.
+    A result of as many seeds that is there already is returned as it stands. more: results -> further sentences, after the claims'.
     """
     if (found := stored(out, seeds)) is not None:
         return found
@@ -79,6 +79,8 @@ def run_own(
         task or load_task(data), method, work=work, seeds=seeds, steps=steps, arms=arms, measure=measure
     )  # fmt: skip
     results["sentences"] = sentences(results, claims)
+    if more is not None:
+        results["sentences"] += more(results)
     return write(out, results)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import measure_sentence, measured, run_own, stored, write
+from benchmarks.experiments._common import measure_sentence, measured, run_own
 from kdfast.data import Task
 from kdfast.experiment import Arm
 from kdfast.metrics import expected_calibration_error
@@ -35,14 +35,14 @@ CLAIMS = (("bd_kd", "ce"), ("bd_kd", "mutual"), ("bd_kd", "reverse"), ("bd_kd", 
 def run(
     out: Path, *, seeds: int = 10, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    if (found := stored(out, seeds)) is not None:
-        return found
-    results = run_own(
-        out, "noisy_digits", "bd_kd", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS, measure=calibration
+    return run_own(
+        out, "noisy_digits", "bd_kd", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS, measure=calibration,
+        more=more,
     )  # fmt: skip
-    results["sentences"] += [measured(results, "ECE", scale=100)]
-    results["sentences"] += [measure_sentence(results, "ECE", *pair) for pair in CLAIMS]
-    return write(out, results)
+
+
+def more(results: dict[str, Any]) -> list[str]:
+    return [measured(results, "ECE", scale=100), *(measure_sentence(results, "ECE", *pair) for pair in CLAIMS)]
 
 
 @torch.no_grad()

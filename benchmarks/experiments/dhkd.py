@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import measured, run_own, stored, write
+from benchmarks.experiments._common import measured, run_own
 from kdfast.data import Task, load_task
 from kdfast.data.digit_maps import map_splits
 from kdfast.data.digits import digit_mlp
@@ -54,13 +54,10 @@ def many_digits() -> Task:
 def run(
     out: Path, *, seeds: int = 5, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    if (found := stored(out, seeds)) is not None:
-        return found
-    results = run_own(
-        out, "", "dhkd", CLAIMS, seeds=seeds, steps=steps, task=task or many_digits(), work=work, arms=ARMS, measure=conflicts
+    return run_own(
+        out, "", "dhkd", CLAIMS, seeds=seeds, steps=steps, task=task or many_digits(), work=work, arms=ARMS, measure=conflicts,
+        more=lambda results: [measured(results, "share of steps with opposed gradients")],
     )  # fmt: skip
-    results["sentences"].append(measured(results, "share of steps with opposed gradients"))
-    return write(out, results)
 
 
 def conflicts(distiller: Distiller, loaders: Mapping[str, DataLoader]) -> dict[str, float]:

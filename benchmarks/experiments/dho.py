@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import measured, run_own, stored, write
+from benchmarks.experiments._common import measured, run_own
 from kdfast.data import Task
 from kdfast.experiment import Arm
 from kdfast.methods.dho import dho_loss
@@ -33,13 +33,10 @@ CLAIMS = (("dho", "ce"), ("dho", "single_head"), ("dho", "dual_half"))
 def run(
     out: Path, *, seeds: int = 10, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    if (found := stored(out, seeds)) is not None:
-        return found
-    results = run_own(
-        out, "digit_few", "dho", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS, measure=measure
+    return run_own(
+        out, "digit_few", "dho", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS, measure=measure,
+        more=lambda results: [measured(results, name) for name in ("gradient cosine", "alpha", "beta")],
     )  # fmt: skip
-    results["sentences"] += [measured(results, name) for name in ("gradient cosine", "alpha", "beta")]
-    return write(out, results)
 
 
 def measure(distiller: Distiller, loaders: Mapping[str, DataLoader]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import RUNS, measured, run_own, write
+from benchmarks.experiments._common import measured, run_own
 from kdfast.data import Task
 from kdfast.data.web_digits import NO_DIGIT
 from kdfast.experiment import Arm
@@ -33,13 +33,10 @@ MEASURES = ("share kept", "no digits among the kept")
 def run(
     out: Path, *, seeds: int = 10, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    results = run_own(
-        out, "web_digits", "kd3", CLAIMS, seeds=seeds, steps=steps, task=task, work=work or RUNS / "kd3", arms=ARMS, measure=kept
+    return run_own(
+        out, "web_digits", "kd3", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS, measure=kept,
+        more=lambda results: [measured(results, name) for name in MEASURES],
     )  # fmt: skip
-    if len(results["sentences"]) == len(CLAIMS):
-        results["sentences"] += [measured(results, name) for name in MEASURES]
-        write(out, results)
-    return results
 
 
 def kept(distiller: Distiller, loaders: Mapping[str, DataLoader]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import RUNS, measured, run_own, write
+from benchmarks.experiments._common import measured, run_own
 from kdfast.data import Task
 from kdfast.experiment import Arm
 from kdfast.methods.mix_kd import std_scaled
@@ -46,14 +46,10 @@ CLAIMS = (
 def run(
     out: Path, *, seeds: int = 12, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    results = run_own(
-        out, "mixed_digits", "mix_kd", CLAIMS, seeds=seeds, steps=steps, task=task, work=work or RUNS / "mix_kd", arms=ARMS,
-        measure=calibration,
+    return run_own(
+        out, "mixed_digits", "mix_kd", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS,
+        measure=calibration, more=lambda results: [measured(results, name) for name in ("ECE of s", "ECE of s/sd(s)")],
     )  # fmt: skip
-    if len(results["sentences"]) == len(CLAIMS):
-        results["sentences"] += [measured(results, name) for name in ("ECE of s", "ECE of s/sd(s)")]
-        write(out, results)
-    return results
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import RUNS, measured, run_own, write
+from benchmarks.experiments._common import measured, run_own
 from kdfast.data import Task
 from kdfast.methods.mst_distill import route
 from kdfast.train import Distiller
@@ -29,19 +29,17 @@ CLAIMS = (
 def run(
     out: Path, *, seeds: int = 5, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    results = run_own(
-        out, "two_view_digits", "mst_distill", CLAIMS, seeds=seeds, steps=steps, task=task, work=work or RUNS / "mst_distill",
-        measure=routes,
+    return run_own(
+        out, "two_view_digits", "mst_distill", CLAIMS, seeds=seeds, steps=steps, task=task, work=work,
+        measure=routes, more=more,
     )  # fmt: skip
-    if len(results["sentences"]) == len(CLAIMS):
-        worse = min(("multimodal", "cross"), key=lambda name: results["arms"][name]["mean"])
-        results["sentences"].append(f"the worse single teacher is {worse}")
-        names = [f"share of variant {e}" for e in range(4)]
-        results["sentences"] += [
-            measured(results, name) for name in names if name in results["arms"]["mst"]["measures"]
-        ]
-        write(out, results)
-    return results
+
+
+def more(results: dict[str, Any]) -> list[str]:
+    worse = min(("multimodal", "cross"), key=lambda name: results["arms"][name]["mean"])
+    names = [f"share of variant {e}" for e in range(4)]
+    shares = [measured(results, name) for name in names if name in results["arms"]["mst"]["measures"]]
+    return [f"the worse single teacher is {worse}", *shares]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import best_on_val, measured, run_own, sentences, stored, write
+from benchmarks.experiments._common import best_on_val, measured, run_own, sentences
 from kdfast.data import Rows, Task, load_task
 from kdfast.data.digits import digit_mlp, digit_splits
 from kdfast.experiment import Arm
@@ -62,16 +62,20 @@ def misled_digits() -> Task:
 def run(
     out: Path, *, seeds: int = 10, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    if (found := stored(out, seeds)) is not None:
-        return found
-    results = run_own(
-        out, "", "tgeo_kd", CLAIMS, seeds=seeds, steps=steps, task=task or misled_digits(), work=work, arms=ARMS, measure=trust
+    return run_own(
+        out, "", "tgeo_kd", CLAIMS, seeds=seeds, steps=steps, task=task or misled_digits(), work=work, arms=ARMS, measure=trust,
+        more=more,
     )  # fmt: skip
+
+
+def more(results: dict[str, Any]) -> list[str]:
     best, line = best_on_val(results, [f"fixed_{a:g}" for a in FIXED])
-    results["sentences"] += [line, *sentences(results, [("tgeo_kd", best)])]
-    results["sentences"] += [measured(results, name) for name in ("alpha, teacher right", "alpha, teacher wrong")]
-    results["sentences"] += [noticed(results, name) for name in ("tgeo_kd", "tgeo_eta_0.1")]
-    return write(out, results)
+    return [
+        line,
+        *sentences(results, [("tgeo_kd", best)]),
+        *(measured(results, name) for name in ("alpha, teacher right", "alpha, teacher wrong")),
+        *(noticed(results, name) for name in ("tgeo_kd", "tgeo_eta_0.1")),
+    ]
 
 
 @torch.no_grad()
