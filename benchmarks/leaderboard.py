@@ -22,7 +22,7 @@ import torch
 
 from kdfast.catalogue import BASELINES, CATALOGUE
 from kdfast.data import Task, load_task
-from kdfast.experiment import Arm, arms_of, run
+from kdfast.experiment import Arm, arms_of, joined, run
 from kdfast.metrics.comparison import compare, mean_and_error, summary
 from kdfast.train.checkpoint import write_text
 
@@ -63,6 +63,8 @@ def measure(task: Task, *, seeds: int, steps: int | None, work: Path) -> dict[st
     arms, left_out = entries(task)
     found: dict[str, Any] = {}
     teacher: dict[str, Any] = {}
+    peaks: list[float] = []
+    commits: list[str | None] = []
     for slug in ("kd", *(slug for slug in arms if slug != "kd")):  # the first trains the teachers
         arm = arms[slug]
         folder = work / slug / "runs"
@@ -85,6 +87,8 @@ def measure(task: Task, *, seeds: int, steps: int | None, work: Path) -> dict[st
             "options": OPTIONS.get(slug, {}) | ({"start": arm.start} if arm.start else {})
         }
         teacher = results["arms"].get("teacher", teacher)
+        peaks.append(results["machine"]["peak_rss_mb"])
+        commits.append(results["commit"])
     return {
         "task": task.title, "score": results["score"], "seeds": results["seeds"], "steps": steps or task.steps,
         "teacher": {"test": teacher["test"], **summary(teacher["test"])},
@@ -94,7 +98,8 @@ def measure(task: Task, *, seeds: int, steps: int | None, work: Path) -> dict[st
             for slug, one in found.items()
         },
         "left_out": left_out,
-        **{key: results[key] for key in ("versions", "machine", "backend", "commit")},
+        **{key: results[key] for key in ("versions", "backend")},
+        "machine": results["machine"] | {"peak_rss_mb": max(peaks)}, "commit": joined(commits),
     }  # fmt: skip
 
 
@@ -129,9 +134,10 @@ def markdown(results: dict[str, Any]) -> str:
         lines += [f"- {slug}: {reason}" for slug, reason in results["left_out"].items()]
         lines.append("")
     versions, machine = results["versions"], results["machine"]
+    commits = ", ".join(one[:12] for one in (results["commit"] or "unknown").split(", "))
     lines.append(
         f"kdfast {versions['kdfast']}, torch {versions['torch']}, {machine['threads']} thread(s), peak memory {machine['peak_rss_mb']:.0f} MB, "
-        f"commit {(results['commit'] or 'unknown')[:12]}."
+        f"commit {commits}."
     )
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -164,6 +164,7 @@ def run(
         settings["arms"] = {
             arm.name: {"method": arm.method, "options": dict(arm.options)}
             | ({"rounds": arm.rounds} if arm.rounds > 1 else {})
+            | ({"start": arm.start} if arm.start else {})
             for arm in arms
         }
     out = Path(out)
@@ -318,6 +319,7 @@ def _fit(
         "ms_per_step": median(row["ms_per_step"] for row in rows if "ms_per_step" in row),
         "seconds": seconds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "commit": commit(),
         "measures": {} if measure is None else measure(distiller, loaders),
         "curve": [[row["step"], row[f"eval_{score}"]] for row in rows if f"eval_{score}" in row],
         # Counts a method reports (of pixels, of tokens), means over the steps between two evaluations.
@@ -359,8 +361,13 @@ def _results(
             "peak_rss_mb": max(row["peak_rss_mb"] for row in rows),
         },
         "backend": backend_info(),
-        "commit": commit(),
+        "commit": joined(row.get("commit") for row in rows),
     }  # fmt: skip
+
+
+def joined(commits: Iterable[str | None]) -> str | None:
+    """The commits of all pieces, each once, in one text; None when there are none."""
+    return ", ".join(sorted({one for each in commits if each for one in each.split(", ")})) or None
 
 
 def commit() -> str | None:

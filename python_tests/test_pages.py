@@ -40,7 +40,7 @@ def arm(scores, **more):
 
 def test_a_result_becomes_a_table_and_its_sentences(page, tmp_path):
     found = {
-        "settings": {"data": "digits"}, "task": "digits of a test", "score": "accuracy", "commit": "abcdef0123456789",
+        "settings": {"data": "digits"}, "task": "digits of a test", "score": "accuracy", "commit": "abcdef0123456789, bcdefa0123456789",
         "arms": {"ce": arm([0.5, 0.7], measures={}), "x": arm([0.8, 0.8], measures={"ECE": [0.25, 0.75]})},
         "versions": {"torch": "9.9"}, "machine": {"threads": 1, "peak_rss_mb": 123.4}, "sentences": ["x wins: gain."],
     }  # fmt: skip
@@ -48,7 +48,7 @@ def test_a_result_becomes_a_table_and_its_sentences(page, tmp_path):
     text = "\n".join(page.section(find("kd"), tmp_path / "kd.json"))
     for expected in (
         "| ce | 60.0 ± 10.0 | 2 | 1.50 | 2.0 | - |", "| x | 80.0 ± 0.0 | 2 | 1.50 | 2.0 | 0.500 ± 0.250 |", "- x wins: gain.",
-        "commit abcdef012345", "123 MB", "kdfast distill --data digits --method kd",
+        "commit abcdef012345, bcdefa012345;", "123 MB", "kdfast distill --data digits --method kd",
     ):  # fmt: skip
         assert expected in text, text
     two = {"data": {"one": found, "two": found}, "sentences": ["both"]}
@@ -82,9 +82,13 @@ def test_it_runs_resumes_on_the_same_teachers_and_writes_its_pages(tmp_path, mon
     weights = [(tmp_path / "runs" / slug / "runs" / "teacher-0.safetensors").read_bytes() for slug in kept]
     assert weights[0] == weights[1] == weights[2]
     stored = tmp_path / "runs" / "kd" / "runs" / "kd-0.json"
-    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"test": 0.125}))
+    stored.write_text(
+        json.dumps(json.loads(stored.read_text()) | {"test": 0.125, "commit": "0" * 40, "peak_rss_mb": 1e6})
+    )
     leaderboard.main(options)
-    assert json.loads((tmp_path / "leaderboard.json").read_text())["methods"]["kd"]["test"] == [0.125]
+    results = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert results["methods"]["kd"]["test"] == [0.125] and results["machine"]["peak_rss_mb"] == 1e6
+    assert "0" * 40 in results["commit"].split(", ")  # of the piece, not of the moment of the report
     text = (tmp_path / "leaderboard.md").read_text()
     assert "- other: no maps" in text and "| bd_kd (online=False) |" in text
     assert (tmp_path / "leaderboard.png").read_bytes()[:4] == b"\x89PNG"
