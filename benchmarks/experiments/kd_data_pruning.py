@@ -46,10 +46,10 @@ def run(
         return stored
     work = work or RUNS / "kd_data_pruning"
     work.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, key = [], "-".join("_".join(f"{value:g}" for value in values) for values in (shares, alphas))
     with threads(1):  # the networks are small: a second thread only waits
         for seed in range(seeds):
-            path = work / f"{seed}-{steps}-{len(shares)}-{len(alphas)}.json"
+            path = work / f"{seed}-{steps}-{key}.json"
             if not path.exists():
                 print(f"kd_data_pruning: seed {seed}", flush=True)
                 write_text(path, json.dumps(one_seed(seed, steps, shares, alphas)))
