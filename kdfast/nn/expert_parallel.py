@@ -91,12 +91,12 @@ class Exchange:
         per_rank = plan.counts.view(self.world, -1)
         arriving = torch.empty_like(per_rank)  # [source rank, own expert]
         dist.all_to_all_single(arriving, per_rank.contiguous(), group=self.group)
-        sent, received = per_rank.sum(1).tolist(), arriving.sum(1).tolist()
+        sent, received = torch.stack((per_rank.sum(1), arriving.sum(1))).tolist()  # one wait for the device
         rows = dispatch(x, plan)
         kept = sum(sent)
         here = _AllToAll.apply(rows[:kept], received, sent, self.group)
         own = torch.arange(per_rank.shape[1], dtype=torch.int32, device=x.device).repeat(self.world)
-        ids = own.repeat_interleave(arriving.flatten()).unsqueeze(1)  # [R, 1]
+        ids = own.repeat_interleave(arriving.flatten(), output_size=sum(received)).unsqueeze(1)  # [R, 1]
         done = experts(here, make_plan(ids, per_rank.shape[1], validate=False))
         back = _AllToAll.apply(done, sent, received, self.group)
         return combine(torch.cat((back, back.new_zeros(len(rows) - kept, back.shape[1]))), weights, plan)
