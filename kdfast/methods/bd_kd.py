@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kdfast._checks import check_choice, check_number, check_pair
 from kdfast.losses import LossOutput, cross_entropy_loss, distillation_loss, divergence_loss, entropy_rows
+from kdfast.losses.divergence import reduce_rows
 from kdfast.methods._protocol import LogitMethod
 from kdfast.ops import divergence
 
@@ -152,7 +153,7 @@ def bd_kd_loss(
             divergence_loss(one, teacher, kind="forward_kl", weight=w_f, mask=keep, **fixed)
             + divergence_loss(one, teacher, kind="reverse_kl", weight=w_r, mask=keep, **fixed)
         )
-        forward_weight.append(w_f.mean())
+        forward_weight.append(reduce_rows(w_f, keep, None, "mean"))
     loss_s = torch.stack(ce).sum() + torch.stack(kd).sum()
     parts = {
         "student": loss_s, "ce_student": torch.stack(ce).mean(), "kd_student": torch.stack(kd).mean(),

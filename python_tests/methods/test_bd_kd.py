@@ -180,3 +180,12 @@ def test_calibration_error_by_hand():
     with pytest.raises(ValueError, match="n_bins: expected an int >= 1"):
         expected_calibration_error(z, y, n_bins=0)
     assert expected_calibration_error(z, torch.full_like(y, -100)) == 0
+
+
+def test_reported_weight_is_of_the_rows_that_count():
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(6, 4), 3 * torch.randn(6, 4), torch.tensor([0, 1, 2, 3, -100, -100])
+    student[4:] *= 100  # certain, and left out
+    got = bd_kd_loss(student, teacher, labels).parts["weight_forward"]
+    assert got == bd_kd_loss(student[:4], teacher[:4], labels[:4]).parts["weight_forward"]
+    assert got != bd_kd_loss(student, teacher, labels.clamp_min(0)).parts["weight_forward"]
