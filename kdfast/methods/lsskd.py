@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_labels, check_number
 from kdfast._library import compute_dtype, readable
-from kdfast.data.rotations import rotate90, rotation_labels
+from kdfast.data.rotations import rotate4
 from kdfast.losses import LossOutput, cross_entropy_loss, kd_loss
 from kdfast.losses.divergence import reduce_rows
 from kdfast.methods._protocol import Context, Setup, call_model
@@ -62,9 +62,7 @@ def rotation_expand(images: Tensor, labels: Tensor, *, ignore_index: int = -100)
     """Square images [B, C, S, S] with labels [B] -> ([4 B, C, S, S], joint labels [4 B]), counter-clockwise quarter turns."""
     if images.dim() != 4 or images.shape[-1] != images.shape[-2]:
         raise ValueError(f"images: expected square images [B, C, S, S] for quarter turns, got {tuple(images.shape)}")
-    turned = torch.stack([rotate90(images, j) for j in range(TURNS)], 1).flatten(0, 1)
-    assert len(rotation_labels(len(images))) == len(turned)  # one order everywhere: image-major
-    return turned, joint_labels(labels, ignore_index=ignore_index)
+    return rotate4(images)[0], joint_labels(labels, ignore_index=ignore_index)
 
 
 def class_logits(joint: Tensor, num_classes: int, *, softmax: bool = False, copies: int = 1) -> Tensor:
@@ -127,7 +125,7 @@ def soft_label_cross_entropy(
         off = (previous.sum(-1) - 1).abs().max()
         if not off <= 1e-3:
             raise ValueError(f"previous: expected rows that sum to 1, one is off by {float(off):g}")
-    rows = -(previous * F.log_softmax(logits.to(dtype), -1)).sum(-1)
+    rows = F.cross_entropy(logits.to(dtype), previous, reduction="none")
     soft = reduce_rows(rows, labels.long() != ignore_index, None, "mean")
     return (1 - alpha) * hard + alpha * soft
 

@@ -36,9 +36,6 @@ from kdfast.methods._protocol import Context, Setup
 from kdfast.methods._protocol import Method as MethodBase
 
 POWERS = (-0.5, 1.0, 2.5)
-NONE_IGNORED = torch.iinfo(
-    torch.int64
-).min  # every image has a label here: -100 is refused like any other outside [0, C)
 
 
 # ---------------------------------------------------------------- the two terms
@@ -173,7 +170,7 @@ class MultiExpert(nn.Module):
 class Method(MethodBase):
     """The whole loss for a student that gives [M, 2B, C] while training, on batches {inputs [2B, ...], "labels" [B]}.
 
-    The batch holds the weak views, then the strong ones (`kdfast.data.TwoViews`). No teacher. Class counts are taken from the
+    The batch holds the weak views, then the strong ones (`kdfast.data.digit_tail.TwoViews`). No teacher. Class counts are taken from the
     training data before the first step and saved.
 
     Args:

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast._checks import check_float_tensor, check_number
@@ -115,8 +116,8 @@ def _mixed_cross_entropy(logits: Tensor, labels: Tensor | MixedLabels) -> Tensor
     labels = labels.detach()
     if debugging() and bool(((labels < 0).any(-1) | ((labels.sum(-1) - 1).abs() > 1e-3)).any()):
         warnings.warn("labels: expected soft labels >= 0 that add up to 1 in each row", RuntimeWarning, stacklevel=3)
-    log_q = torch.log_softmax(logits.to(compute_dtype(logits)), -1)
-    return -(labels.to(log_q) * log_q).sum(-1).mean()
+    dtype = compute_dtype(logits)
+    return F.cross_entropy(logits.to(dtype), labels.to(dtype))
 
 
 class Method(MethodBase):

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -68,6 +67,5 @@ def transfer(
         return model
     taught = [run(copy.deepcopy(student), teacher) for teacher in teachers]
     soup = copy.deepcopy(student)
-    with torch.no_grad():
-        soup.load_state_dict(average([model.state_dict() for model in taught]))
+    soup.load_state_dict(average([model.state_dict() for model in taught]))
     return soup
