@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from kdfast.data.digit_tail import tail_counts
 from kdfast.data.digits import CLASSES, digit_splits
 from kdfast.data.task import Rows, Task
 
@@ -42,10 +43,8 @@ def long_tailed(labels: torch.Tensor, tail: float = TAIL) -> torch.Tensor:
     341
     """
     most = int(labels.bincount(minlength=CLASSES).min())
-    kept = [
-        (labels == c).nonzero().flatten()[: max(1, round(most * tail ** (c / (CLASSES - 1))))] for c in range(CLASSES)
-    ]
-    return torch.cat(kept)
+    counts = enumerate(tail_counts(most, tail))
+    return torch.cat([(labels == c).nonzero().flatten()[: max(1, count)] for c, count in counts])
 
 
 def map_splits(seed: int, *, tail: float | None = None) -> dict[str, Rows]:
