@@ -31,6 +31,15 @@ from torch import Tensor, nn
 from kdfast.losses.module import LossModule, LossOutput
 
 
+def epoch_at(step: int, total_steps: int, epochs: int, unknown: int = 0) -> int:
+    """floor(step epochs / total_steps), a run counted as so many epochs from 0; `unknown` without a known number of steps.
+
+    >>> [epoch_at(step, 20, 10) for step in (0, 1, 2, 19)], epoch_at(5, 0, 10)
+    ([0, 0, 1, 9], 0)
+    """
+    return step * epochs // total_steps if total_steps > 0 else unknown
+
+
 @dataclass
 class Context:
     """What a method sees of one batch.

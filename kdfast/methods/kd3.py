@@ -32,7 +32,7 @@ from kdfast._library import compute_dtype
 from kdfast.data.confidence import adaptive_confidence, teacher_share
 from kdfast.data.mixing import draw_mix_distribution, mix_distribution
 from kdfast.losses import LossOutput
-from kdfast.methods._protocol import Context, Setup
+from kdfast.methods._protocol import Context, Setup, epoch_at
 from kdfast.methods._protocol import Method as MethodBase
 from kdfast.nn.heads import find_head
 from kdfast.nn.transfer import ReusedClassifier, TransferModule, match_height
@@ -170,7 +170,7 @@ class Method(MethodBase):
 
     def forward(self, context: Context) -> LossOutput:
         if self.cutoff is not None:
-            epoch = 1 + (context.step * self.epochs // context.total_steps if context.total_steps else 0)
+            epoch = 1 + epoch_at(context.step, context.total_steps, self.epochs)
             if epoch > int(self.epoch):
                 self.select(epoch)
         rows = len(context.batch[0]) // 2

@@ -37,7 +37,7 @@ from kdfast._library import compute_dtype, readable
 from kdfast.data.rotations import rotate4
 from kdfast.losses import LossOutput, cross_entropy_loss, kd_loss
 from kdfast.losses.divergence import reduce_rows
-from kdfast.methods._protocol import Context, Setup, call_model
+from kdfast.methods._protocol import Context, Setup, call_model, epoch_at
 from kdfast.methods._protocol import Method as MethodBase
 from kdfast.nn import capture_outputs
 
@@ -343,7 +343,7 @@ class Method(MethodBase):
     def epoch(self, step: int) -> int:
         if self.steps_per_epoch is not None:
             return step // self.steps_per_epoch
-        return step * self.epochs // self.total_steps if self.total_steps > 0 else 0
+        return epoch_at(step, self.total_steps, self.epochs)
 
     def prepare(self, batch: Any) -> Any:
         if not len(self.branches):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_labels, check_number
 from kdfast._library import compute_dtype, readable
 from kdfast.losses import LossOutput, cross_entropy_loss, divergence_loss
-from kdfast.methods._protocol import Context, Setup
+from kdfast.methods._protocol import Context, Setup, epoch_at
 from kdfast.methods._protocol import Method as MethodBase
 
 POWERS = (-0.5, 1.0, 2.5)
@@ -229,8 +229,7 @@ class Method(MethodBase):
 
     def forward(self, context: Context) -> LossOutput:
         assert context.labels is not None
-        known = context.total_steps > 0
-        epoch = 1 + (context.step * self.epochs // context.total_steps if known else self.epochs)
+        epoch = 1 + epoch_at(context.step, context.total_steps, self.epochs, unknown=self.epochs)
         return mdcs_loss(context.student, context.labels, class_counts=self.class_counts, epoch=epoch, **self.options)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number
 from kdfast.data.two_view_digits import networks
 from kdfast.losses import LossOutput, cross_entropy_loss, divergence_loss, uniform_kl_loss, usage_cv_loss
-from kdfast.methods._protocol import Context, Setup
+from kdfast.methods._protocol import Context, Setup, epoch_at
 from kdfast.methods._protocol import Method as MethodBase
 from kdfast.nn import FeatureMask, attach_mask
 from kdfast.ops import route_topk
@@ -344,8 +344,7 @@ class Method(MethodBase):
             assert out.teachers is not None
             loss = torch.stack([kl(z, out.students, temperature=self.temperature) for z in out.teachers]).sum()
             return LossOutput(loss, {"masks": loss.detach()})
-        done, total = context.step - self.ends[1], context.total_steps - self.ends[1]
-        epoch = done * self.epochs // total if total > 0 else 0
+        epoch = epoch_at(context.step - self.ends[1], context.total_steps - self.ends[1], self.epochs)
         w_kl, w_balance = weights_at(epoch, **self.weights)
         if out.gate is not None:
             assert out.teachers is not None and out.ids is not None

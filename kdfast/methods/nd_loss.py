@@ -30,7 +30,7 @@ from kdfast._library import compute_dtype, readable
 from kdfast.data.class_means import ClassMeans
 from kdfast.losses import LossOutput, distillation_loss
 from kdfast.losses.divergence import REDUCTIONS, reduce_rows
-from kdfast.methods._protocol import Context, Setup
+from kdfast.methods._protocol import Context, Setup, epoch_at
 from kdfast.methods._protocol import Method as MethodBase
 
 MODES = ("nd", "cosine")
@@ -239,8 +239,7 @@ class Method(MethodBase):
                 "class_means: not there yet; Distiller.fit computes them, in your own loop set method.class_means"
             )
         s, t = (_pooled(f["embedding"]) for f in (context.student_features, context.teacher_features))
-        total = context.total_steps
-        epoch = context.step * self.epochs // total if total > 0 else self.epochs
+        epoch = epoch_at(context.step, context.total_steps, self.epochs, unknown=self.epochs)
         return nd_loss_total(
             context.student, context.teacher, context.labels, self.adapter(s), t, self.class_means, epoch=epoch, **self.options
         )  # fmt: skip

@@ -23,7 +23,7 @@ from kdfast._checks import check_choice, check_float_tensor, check_int, check_nu
 from kdfast._library import compute_dtype
 from kdfast.losses import LossOutput, distillation_loss, entropy_rows, sinkhorn_kd_loss
 from kdfast.losses.divergence import reduce_rows
-from kdfast.methods._protocol import LogitMethod
+from kdfast.methods._protocol import LogitMethod, epoch_at
 
 CLOUDS = ("batch", "sequence")
 TASKS = ("classification", "regression")
@@ -88,7 +88,7 @@ def sinkd_total(
     check_number("kd_temperature", kd_temperature, low=0.0, open_low=True)
     if anneal_epochs is not None:
         check_int("anneal_epochs", anneal_epochs, low=1)
-        epoch = step * anneal_epochs // total_steps if total_steps > 0 else 0
+        epoch = epoch_at(step, total_steps, anneal_epochs)
         kd_temperature = annealed_temperature(kd_temperature, epoch, anneal_epochs)
     teacher = teacher.detach()
     if task == "regression":
