@@ -53,6 +53,16 @@ KD_INLINE bool far_apart(T max_x, T max_z) {
   return max_z - max_x > T(kFar) || max_x - max_z > T(kFar);
 }
 
+// A term of factor 0 is left out: 0 times the gradient of an infinite divergence is not 0.
+template <class T>
+KD_INLINE Vec<T> scaled(Vec<T> gradient, T factor) {
+  return factor == T(0) ? splat<T>(0) : gradient * factor;
+}
+template <class T>
+KD_INLINE Vec<T> scaled_lanes(Vec<T> gradient, Vec<T> factor) {
+  return factor == T(0) ? splat<T>(0) : gradient * factor;
+}
+
 template <class T>
 KD_INLINE T row_value(const void* values, int64_t row, T otherwise) {
   return values ? static_cast<const T*>(values)[row] : otherwise;

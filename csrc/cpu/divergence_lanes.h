@@ -169,14 +169,14 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
     for (int64_t c = 0; c < C; ++c) {
       const Element<Vec<T>> e = element(c);
       if (gs) {
-        Vec<T> g = (e.v - e.q * sum_v) * factor;
+        Vec<T> g = scaled_lanes<T>(e.v - e.q * sum_v, factor);
         if (cross_entropy) {
           const Vec<T> target = label == T(c) ? splat<T>(smooth + hot_share) : splat<T>(smooth);
           g += (vexp_bounded<T>((load(xs + c * pitch) - max_raw) - log_raw) - target) * ce_weight;
         }
         store(grad_s + c * pitch + group, skip != 0 ? zero : g);
       }
-      if (gt) store(grad_t + c * pitch + group, skip != 0 ? zero : (e.u - e.p * sum_u) * factor);
+      if (gt) store(grad_t + c * pitch + group, skip != 0 ? zero : scaled_lanes<T>(e.u - e.p * sum_u, factor));
     }
   }
   const auto write = [&](const Logits& grad, const T* values, int64_t width) {

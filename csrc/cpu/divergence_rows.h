@@ -81,7 +81,7 @@ static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats, Ke
         store(kept.second + start + i, e.v);
       }
       if (todo.grad_student) {
-        Vec<T> g = (e.v * v_factor - e.q * v_sum) * todo.student_factor;
+        Vec<T> g = scaled<T>(e.v * v_factor - e.q * v_sum, todo.student_factor);
         if (todo.ce_factor != 0) g += cross_entropy_gradient(todo, xi, e.q);
         if (stream_gs) {
           stream<T>(out_gs + i, g);
@@ -89,7 +89,7 @@ static double sweep(const Row<T>& row, const Sweep<T>& todo, Stats<T>& stats, Ke
           store(out_gs + i, g);
         }
       }
-      if (todo.grad_teacher) store(out_gt + i, (e.u - e.p * u_sum) * todo.teacher_factor);
+      if (todo.grad_teacher) store(out_gt + i, scaled<T>(e.u - e.p * u_sum, todo.teacher_factor));
     }
     if (todo.loss) loss += sum_lanes_double<T>(loss_lanes);
     if (todo.sums) {
@@ -123,7 +123,7 @@ static void finish_row(const Row<T>& row, const Sweep<T>& todo, const Stats<T>& 
     const bool streamed = may_stream<T>(call, out, buffer_gs);
     for (int i = 0; i < n; i += kWidth<T>) {
       const Vec<T> q = load(kept.first + start + i), v = load(kept.second + start + i);
-      Vec<T> g = (v * v_factor - q * v_sum) * todo.student_factor;
+      Vec<T> g = scaled<T>(v * v_factor - q * v_sum, todo.student_factor);
       if (todo.ce_factor != 0) g += cross_entropy_gradient(todo, load(x + i), q);
       if (streamed) {
         stream<T>(out + i, g);

@@ -265,17 +265,19 @@ static void reverse_group(Group& g) {
     store(g.df + i * kLanes, load(g.df + i * kLanes) + df);
   }
   int64_t terms = 0, y_rows = 0, z_rows = 0;
-  const auto add = [](float* sums, const float* x, int64_t count) {
-    for (int64_t e = 0; e < count * kLanes; e += kLanes) store(sums + e, load(sums + e) + load(x + e));
+  // The part of a rank-one term that a half-step's own potential makes: d factor / weight; d is then used up.
+  const auto term = [](float* sum, float* d, const float* factor, const float* weight, int64_t count, float* out) {
+    for (int64_t e = 0; e < count * kLanes; e += kLanes) {
+      const Vec<float> gradient = load(d + e);
+      store(sum + e, load(sum + e) + gradient);
+      store(out + e, gradient * load(factor + e) / load(weight + e));
+      store(d + e, splat(0.0f));
+    }
   };
   // Reverse of v_out = b / K^T u_in; with `on`, what u_in gets of it.
   const auto columns = [&](const float* u_in, const float* v_out, bool on) {
     float* z = g.z + z_rows++ * m * kLanes;
-    add(g.sum_g, g.dg, m);
-    for (int64_t e = 0; e < m * kLanes; e += kLanes) {
-      store(z + e, load(g.dg + e) * load(v_out + e) / load(g.b + e));
-      store(g.dg + e, splat(0.0f));
-    }
+    term(g.sum_g, g.dg, v_out, g.b, m, z);
     g.left[terms] = u_in, g.right[terms++] = z;
     if (!on) return;
     times_rows(g, z, [&](int64_t i, Vec<float> s) { store(g.df + i * kLanes, load(g.df + i * kLanes) - load(u_in + i * kLanes) * s); });
@@ -283,11 +285,7 @@ static void reverse_group(Group& g) {
   // Reverse of u_out = a / K v_in.
   const auto rows = [&](const float* u_out, const float* v_in, bool on) {
     float* y = g.y + y_rows++ * n * kLanes;
-    add(g.sum_f, g.df, n);
-    for (int64_t e = 0; e < n * kLanes; e += kLanes) {
-      store(y + e, load(g.df + e) * load(u_out + e) / load(g.a + e));
-      store(g.df + e, splat(0.0f));
-    }
+    term(g.sum_f, g.df, u_out, g.a, n, y);
     g.left[terms] = y, g.right[terms++] = v_in;
     if (!on) return;
     times_columns(g, y, [&](int64_t j, Vec<float> t) { store(g.dg + j * kLanes, load(g.dg + j * kLanes) - load(v_in + j * kLanes) * t); });

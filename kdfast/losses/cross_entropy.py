@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast._checks import check_choice, check_dim, check_labels, check_number
+from kdfast._checks import check_choice, check_dim, check_labels, check_number, check_values
 from kdfast._library import compute_dtype, readable
 from kdfast.losses.divergence import REDUCTIONS, check_mask, reduce_rows, row_shape
 from kdfast.losses.module import LossModule
+from kdfast.ops.divergence import cross_entropy_rows
 
 
 def cross_entropy_loss(
@@ -45,24 +45,22 @@ def cross_entropy_loss(
         check_mask(mask, shape, logits.device)
         keep = keep & mask
     index, classes = torch.where(keep, labels.long(), 0), logits.shape[dim]
-    if readable(index) and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < classes:
-        raise ValueError(f"labels: expected integers in [0, {classes}), got {int(index.min())} to {int(index.max())}")
-    rows = F.cross_entropy(
-        logits.to(compute_dtype(logits)).movedim(check_dim(logits, dim), -1).reshape(-1, classes),
-        torch.where(keep, index, -100).reshape(-1), ignore_index=-100, label_smoothing=label_smoothing, reduction="none",
-    )  # fmt: skip
-    return reduce_rows(rows.reshape(shape), keep, weight, reduction)
+    if readable(index):
+        check_values({}, index, classes)
+    rows = cross_entropy_rows(logits, index, keep, classes, check_dim(logits, dim), label_smoothing)
+    return reduce_rows(rows, keep, weight, reduction)
 
 
 def entropy_rows(logits: Tensor, *, temperature: float = 1.0, dim: int = -1) -> Tensor:
-    """H(softmax(z / T)) = -sum_c p_c log p_c in nats, [...]; a class of logit -inf adds 0. Float32 or wider.
+    """H(softmax(z / T)) = -sum_c p_c log p_c in nats, [...]; a class of logit -inf adds 0, value and gradient. Float32 or wider.
 
     >>> round(entropy_rows(torch.zeros(1, 8)).exp().item(), 4)
     8.0
     """
     check_number("temperature", temperature, low=0.0, open_low=True)
     z = logits.to(compute_dtype(logits)) / temperature
-    return torch.special.entr(torch.softmax(z, check_dim(logits, dim))).sum(dim)
+    log_p = torch.log_softmax(z, check_dim(logits, dim))
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim)
 
 
 class CrossEntropyLoss(LossModule, function=cross_entropy_loss): ...

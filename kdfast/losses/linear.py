@@ -114,10 +114,9 @@ def linear_distillation_loss(
     )  # fmt: skip
     loss, kd, ce = linear_divergence_total(inputs, options, backend, rows=reduction == "none", shard=shard)
     if reduction == "none":
-        loss, kd, ce = (
-            reduce_rows(value.reshape(rows), mask, weight, "none")[..., : rows[-1] - shift if rows else None]
-            for value in (loss, kd, ce)
-        )
+        loss, kd, ce = (reduce_rows(value.reshape(rows), mask, weight, "none") for value in (loss, kd, ce))
+        if shift:
+            loss, kd, ce = (value[..., :-1] for value in (loss, kd, ce))
     return LossOutput(loss, {"ce": ce.detach() / divisor, "kd": kd.detach() * (t2 / divisor)})
 
 

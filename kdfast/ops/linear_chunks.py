@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
 
 
 def logits_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """bfloat16 for a bfloat16 model, as the model's own head gives them: float32 products would run 4 times slower on a
+    """bfloat16 for a bfloat16 model, as the model's own head gives them: float32 products would run several times slower on a
     CPU and hold twice the bytes. float32 for float16, whose gradients underflow before a loss scaler's factor comes.
     """
     if hidden.dtype == weight.dtype == torch.bfloat16:
@@ -181,7 +181,9 @@ class Model:
         """Adds what the gradient of a chunk's logits means for inputs, weight and bias."""
         if self.weight is None:
             if self.grad_inputs is not None:
-                self.grad_inputs[rows] = grad.to(self.grad_inputs.dtype)
+                self.grad_inputs[rows, : grad.shape[1]] = grad.to(
+                    self.grad_inputs.dtype
+                )  # a rank compares its classes only
             return
         if self.grad_inputs is not None:
             self.grad_inputs[rows] = self._times_weight(grad).to(self.grad_inputs.dtype)
@@ -218,9 +220,9 @@ class Model:
     def _add_by_blocks(self, grad: Tensor, hidden: Tensor) -> None:
         """bfloat16 weights: the products of a chunk are bfloat16, their sum over chunks is float32.
 
-        The product is cut along the features: one with a column slice of the chunk is 8 times slower (measured). The sum is
+        The product is cut along the features: one with a column slice of the chunk is much slower. The sum is
         cut along the classes, so that a finished part of it can be freed. A block is kept tile by tile, each contiguous: adding
-        to a strided one takes twice as long (measured).
+        to a strided one takes longer.
         """
         assert self.weight_blocks is not None
         for features in self._feature_blocks():

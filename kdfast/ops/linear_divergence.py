@@ -15,7 +15,7 @@ in place; on other devices `divergence` by its best backend, whose gradient is o
 backend="reference" (and torch.compile without the core) takes the reference, its chunks computed again in the backward.
 
 The logits of a bfloat16 model are bfloat16, as its own head would return them, all else is float32: on the CPU a product with
-float32 results takes 4 times as long. Those of a float16 model are float32, since their gradients would underflow.
+float32 results takes several times as long. Those of a float16 model are float32, since their gradients would underflow.
 """
 
 from __future__ import annotations
@@ -101,10 +101,8 @@ def _(*args):
 
 
 def _prepared(inputs: Inputs) -> tuple[Inputs, Tensor | None]:
-    """Small tensors in the core's types, and the numbers of the rows that are kept (None: all)."""
+    """Small tensors in the core's types, and the numbers of the rows that are kept (None: no row has a weight)."""
     kept = None if inputs.row_weight is None else inputs.row_weight.nonzero().squeeze(-1)
-    if kept is not None and len(kept) == len(inputs.hidden):
-        kept = None
     inputs = inputs._replace(
         labels=contiguous(inputs.labels, torch.int64), ids=contiguous(inputs.ids, torch.int64),
         row_weight=contiguous(inputs.row_weight, _dtype(inputs)),

@@ -86,7 +86,11 @@ class Eager(Engine):
                 *leaves, part._replace(row_weight=None), o
             )  # compacted: no row of weight 0 is here
             weight = torch.ones_like(total) if part.row_weight is None else part.row_weight.to(total.dtype)
-            grads = iter(torch.autograd.grad((total * weight).sum(), asked) if asked else ())
+            loss = (total * weight).sum()
+            asked_of = {"allow_unused": True, "materialize_grads": True}  # a term of factor 0 is not in the graph
+            grads = iter(
+                torch.autograd.grad(loss, asked, **asked_of) if loss.requires_grad else map(torch.zeros_like, asked)
+            )
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         sums = torch.stack([(t.detach() * weight).sum(dtype=wide) for t in (kd, ce)])
         return sums, *(next(grads) if need else t for t, need in ((x, need_student), (z, need_teacher)))

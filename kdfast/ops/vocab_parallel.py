@@ -33,7 +33,6 @@ from kdfast.ops.linear_passes import capped
 from kdfast.ops.sparse_divergence import bucket_logits, bucket_logits_backward, tail_floor, teacher_buckets
 
 SPLIT_KINDS = tuple(kind for kind in KINDS if kind != "dkd")
-MIXTURES = ("js", "js_rescaled", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
 
 class Shard(NamedTuple):
@@ -125,8 +124,9 @@ def _dense(x, z, weight, o: Options, shard: Shard, sums, need_student, need_teac
             leaves = x.requires_grad_(), z.requires_grad_()
             rows = divergence_reference(x, z, kind="binary") if x.shape[1] else (x + z).sum(-1)
             grads = torch.autograd.grad(rows.sum(), leaves)
-        factor = (o.kd_factor * weight / o.temperature).unsqueeze(1)
-        return rows.detach(), *(g * factor if need else None for g, need in zip(grads, (need_student, need_teacher)))
+        return rows.detach(), *(
+            _scaled(g, weight, o) if need else None for g, need in zip(grads, (need_student, need_teacher))
+        )
     sums["z"] = z.logsumexp(-1)
     if o.kind in ("reverse_kl", "jeffreys"):
         share = (x - sums["x"].unsqueeze(1)).exp()
@@ -155,10 +155,16 @@ def _dense(x, z, weight, o: Options, shard: Shard, sums, need_student, need_teac
     sum_v = None if need_teacher else _sum_of_v(o, sums)
     if sum_v is None:  # the second round
         sum_v, sum_u = _gathered(torch.stack((v.sum(-1), u.sum(-1))), shard.group).sum(0)
-    factor = (o.kd_factor * weight / o.temperature).unsqueeze(1)
-    grad_x = (v - log_q.detach().exp() * sum_v.unsqueeze(1)) * factor if need_student else None
-    grad_z = (u - log_p.detach().exp() * sum_u.unsqueeze(1)) * factor if need_teacher else None
+    grad_x = _scaled(v - log_q.detach().exp() * sum_v.unsqueeze(1), weight, o) if need_student else None
+    grad_z = _scaled(u - log_p.detach().exp() * sum_u.unsqueeze(1), weight, o) if need_teacher else None
     return rows, grad_x, grad_z
+
+
+def _scaled(gradient: Tensor, weight: Tensor, o: Options) -> Tensor:
+    """A term of factor 0 is left out: 0 times the gradient of an infinite divergence is not 0."""
+    if o.kd_factor == 0:
+        return torch.zeros_like(gradient)
+    return gradient * (o.kd_factor * weight / o.temperature).unsqueeze(1)
 
 
 def _sum_of_v(o: Options, sums: dict[str, Tensor]) -> Tensor | None:
@@ -193,6 +199,8 @@ def _listed(x, log_probs, ids, tail, weight, o: Options, shard: Shard, sums, nee
         leaf = whole.requires_grad_()
         rows = divergence_reference(leaf, target, kind=o.kind, beta=o.a)
         (grad,) = torch.autograd.grad((rows * (o.kd_factor * weight)).sum(), leaf)
+        if o.kd_factor == 0:  # as in _scaled
+            grad = torch.zeros_like(grad)
     rows = rows.detach() if dist.get_rank(shard.group) == 0 else torch.zeros_like(rows)
     if not need_student:
         return rows, None

@@ -631,3 +631,17 @@ def test_learned_and_wrong_options():
         kd_loss(student, teacher, dim="c")
     many = torch.randn(2, 1, 1, 1, 1, 1, 1, 1, 1, 4)
     assert kd_loss(many, many + 1).isfinite()  # more axes than the core takes: the reference
+
+
+@pytest.mark.parametrize("width", [12, 70])  # rows one per lane, and vectors along the classes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_infinite_divergence_of_weight_0_leaves_the_gradient_of_cross_entropy(backend, width, dtype):
+    student, teacher = (t.to(dtype) for t in pair(40, width))
+    teacher[:, 3] = -math.inf  # reverse KL is infinite
+    student, labels = student.detach().requires_grad_(), torch.arange(40) % 3
+    out = distillation_loss(
+        student, teacher, labels, kind="reverse_kl", ce_weight=1.0, kd_weight=0.0, backend=backend
+    )  # fmt: skip
+    want = F.cross_entropy(student, labels)
+    torch.testing.assert_close(out.loss, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (out.loss, want)))

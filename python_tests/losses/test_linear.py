@@ -157,8 +157,26 @@ def test_one_token_without_batch(backend):
     one = linear_distillation_loss(h[0, 2], w, ht[0, 2], labels[0, 2], teacher_weight=wt, backend=backend)
     row = linear_distillation_loss(h, w, ht, labels, teacher_weight=wt, reduction="none", backend=backend).loss[0, 2]
     torch.testing.assert_close(one.loss, row)
+    alone = linear_distillation_loss(
+        h[0, 2], w, ht[0, 2], labels[0, 2], teacher_weight=wt, reduction="none", backend=backend
+    )  # fmt: skip
+    assert alone.loss.shape == ()
+    torch.testing.assert_close(alone.loss, row)
     sequence = linear_distillation_loss(h[2], w, ht[2], labels[2], teacher_weight=wt, shift=1, backend=backend)
     torch.testing.assert_close(sequence.loss, dense(h[2:], w, ht[2:], wt, labels[2:], 1).loss)
+
+
+@pytest.mark.parametrize("teacher_grad", [False, True])
+def test_a_divergence_of_weight_0_gives_no_gradient_even_where_it_is_infinite(backend, teacher_grad):
+    h, w, _, _, labels = batch()
+    z = torch.randn(B, L, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    z[..., 3] = -math.inf
+    labels = torch.where(labels == 3, 4, labels)
+    z.requires_grad_(teacher_grad)
+    options = dict(kind="reverse_kl", kd_weight=0.0, ce_weight=1.0, teacher_grad=teacher_grad, backend=backend)
+    got = torch.autograd.grad(linear_distillation_loss(h, w, z, labels, **options).loss, (h, w))
+    want = torch.autograd.grad(F.cross_entropy((h @ w.T).flatten(0, 1), labels.flatten()), (h, w))
+    torch.testing.assert_close(got, want)
 
 
 def test_the_module_twin():

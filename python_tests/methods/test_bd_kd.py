@@ -164,6 +164,14 @@ def test_cross_entropy_is_torchs_and_zero_without_a_kept_row():
     torch.testing.assert_close(cross_entropy_loss(maps, y.reshape(1, 2, 3), dim=1), F.cross_entropy(s.detach(), y))
 
 
+def test_entropy_rows_have_a_gradient_beside_masked_classes():
+    z = torch.tensor([[0.5, -1.0, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    two = z.detach()[:, :2].requires_grad_()
+    (got,), (want,) = (torch.autograd.grad(entropy_rows(x).sum(), x) for x in (z, two))
+    assert got[0, 2] == 0
+    torch.testing.assert_close(got[:, :2], want)
+
+
 def test_entropy_rows_of_masked_classes():
     z = torch.tensor([[0.0, 0.0, -math.inf], [7.0, -math.inf, -math.inf]])
     torch.testing.assert_close(entropy_rows(z), torch.tensor([math.log(2), 0.0]))

@@ -47,6 +47,7 @@ def cases():
         "teacher": ("hidden", {"kind": "js", "teacher_grad": True}),
         "teacher of forward": ("hidden", {"kind": "forward_kl", "teacher_grad": True}),
         "vocab_size": ("hidden", {"kind": "tvd", "vocab_size": V - 3}),
+        "vocab_size, logits": ("logits", {"kind": "js", "vocab_size": V - 3, "teacher_grad": True}),
         "a rank without classes": ("hidden", {"kind": "js", "vocab_size": V // 4, "ce_weight": 0.0}),
         "ce alone": ("hidden", {"kd_weight": 0.0}),
         "logits": ("logits", {"kind": "skew_forward_kl", "beta": 0.1, "teacher_grad": True}),
