@@ -55,7 +55,8 @@ class LossModule(nn.Module):
                 self.options[name] = value
 
     def forward(self, *tensors: Any, **call_options: Any) -> Any:
-        tensors_bound = {**dict(self.named_buffers(recurse=False)), **dict(self.named_parameters(recurse=False))}
+        own = {"recurse": False, "remove_duplicate": False}  # one tensor may be given for two options
+        tensors_bound = {**dict(self.named_buffers(**own)), **dict(self.named_parameters(**own))}
         bound = {**self.options, **tensors_bound, **call_options}
         return type(self).function(*tensors, **bound)
 

@@ -181,6 +181,10 @@ def sinkhorn_kd(
     if len(batch) > 1:
         student, teacher = student.flatten(0, -3), teacher.flatten(0, -3)
         mask = None if mask is None else mask.flatten(0, -2)
+    if (
+        not torch.is_grad_enabled()
+    ):  # inside a Function the need would still be reported, and a gradient made for nobody
+        student, teacher = student.detach(), teacher.detach()
     options = (float(temperature), float(epsilon), n_iters, p, order == "rows_first", float(scale), reduction == "mean")
     out = _SinkhornKD.apply(student, teacher, mask, options, reduction != "none")
     return out.reshape(batch) if reduction == "none" and len(batch) > 1 else out

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdfast._library import compute_dtype, contiguous, final_gradient_like, gradient_like
+from kdfast.ops.divergence import N_STATS, _row_shape
 from kdfast.triton import divergence_sweeps as kernels
 from kdfast.triton.launch import DTYPES, MAX_32, Layout, launch, lay_out, power_of_two, splits, tile_shape
 
@@ -145,11 +146,7 @@ class _Call:
         self._launch(kernels.divergence_kernel, arguments)
 
     def _launch(self, kernel: Any, arguments: dict[str, Any]) -> None:
-        launch(kernel, self.blocks * self.splits, arguments, self.device, self.num_warps)
-
-
-def _row_shape(student: Tensor, dim: int) -> list[int]:
-    return [*student.shape[:dim], *student.shape[dim + 1 :]]
+        launch(kernel, self.blocks * self.splits, self.num_warps, self.device, **arguments)
 
 
 def rows(
@@ -159,7 +156,7 @@ def rows(
     """kdfast::divergence_rows: two passes over the logits (one where a row fits a tile), rows and their 7 stats out."""
     call = _Call(student, teacher, None, None, labels, row_temperature, None, kind, a, b, temperature, classes, dim)
     shape = _row_shape(student, dim)
-    out, stats = call.new(*shape), call.new(7, *shape)
+    out, stats = call.new(*shape), call.new(N_STATS, *shape)
     if call.splits == 1:
         call.run(sums=True, loss=out, stats=stats, row_sums=(stats[5], stats[6]), per_row=True)
         return out, stats
@@ -173,7 +170,7 @@ def rows(
 def _add_rows(call: _Call, parts: Tensor, stats: Tensor, out: Tensor) -> None:
     arguments = {"parts": parts, "stats": stats, "rows": out, "count": call.layout.rows, "n_splits": call.splits,
                  "R": 32, "SPLITS": power_of_two(call.splits)}  # fmt: skip
-    launch(kernels.rows_kernel, -(-call.layout.rows // 32), arguments, call.device, 1)
+    launch(kernels.rows_kernel, -(-call.layout.rows // 32), 1, call.device, **arguments)
 
 
 def rows_backward(
@@ -221,5 +218,5 @@ def weighted_sum(
     loss, parts = call.new(), call.new(2)
     arguments = {"kd_parts": kd, "ce_parts": ce, "loss": loss, "parts": parts, "n": kd.numel(), "kd_factor": float(kd_factor),
                  "ce_factor": float(ce_factor), "CE": ce is not None, "B": 1024}  # fmt: skip
-    launch(kernels.total_kernel, 1, arguments, call.device, 4)
+    launch(kernels.total_kernel, 1, 4, call.device, **arguments)
     return loss, parts, *grads

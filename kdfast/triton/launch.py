@@ -131,7 +131,7 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(kernel: Any, programs: int, arguments: dict[str, Any], device: torch.device, num_warps: int) -> None:
+def launch(kernel: Any, programs: int, num_warps: int, device: torch.device, **arguments: Any) -> None:
     """Runs `programs` programs, all on grid.x (y and z stop at 65535), on the current stream; nothing waits for it."""
     options = {"num_warps": num_warps, "num_stages": 2}
     if _recorded is not None:

@@ -19,10 +19,6 @@ SLOTS = 128  # of a plan, for one program: their ranks compare all pairs
 COLUMNS = 1024  # of a model's row, for one program
 
 
-def _run(kernel: Any, programs: int, num_warps: int, device: torch.device, **arguments: Any) -> None:
-    launch(kernel, programs, arguments, device, num_warps)
-
-
 def _tile(logits: Tensor) -> dict[str, Any]:
     """Rows and experts of a tile of scores: whole rows."""
     width = power_of_two(logits.shape[1])
@@ -59,13 +55,13 @@ def scores(
     partial_counts, partial_probs = new(programs, experts, dtype=torch.int32), new(programs, experts)
     kept = torch.full((1,), rows, dtype=torch.int64, device=device) if mask is None else mask.sum().reshape(1)
     mask = None if mask is None else mask.contiguous().view(torch.int8)
-    _run(
+    launch(
         routing_kernels.scores_kernel, programs, warps(formula["R"] * formula["E"]), device, logits=logits,
         bias=contiguous(bias, dtype), mask=mask, ids=ids, weights=weights, lse_out=lse, alive_out=alive,
         partial_counts=partial_counts, partial_probs=partial_probs, groups=groups, topk_groups=topk_groups, GROUPED=groups > 1,
         TWO=bias is not None and experts // groups > 1, G=power_of_two(groups), **formula,
     )  # fmt: skip
-    _run(
+    launch(
         routing_kernels.add_kernel, -(-experts // 32), 4, device, partial_counts=partial_counts, partial_probs=partial_probs,
         kept=kept, counts=counts, mean_probs=mean_probs, n=programs, experts=experts, P=64, E=32,
     )  # fmt: skip
@@ -83,7 +79,7 @@ def scores_backward(
     kept = (ids[:, 0] >= 0).sum().reshape(1) if grad_mean_probs is not None else None
     # normalised without eps the sum over the chosen is 0: the other experts get nothing
     everyone = grad_weights is not None and score == "softmax" and (norm == 0 or eps != 0)
-    _run(
+    launch(
         routing_kernels.scores_backward_kernel, -(-logits.shape[0] // formula["R"]), warps(formula["R"] * formula["E"]),
         logits.device, grad_weights=grads[0], grad_mean=grads[1], grad_lse=grads[2], logits=logits, ids=ids.contiguous(),
         lse_in=lse, alive_in=alive, kept=kept, grad_logits=grad, ALL=everyone, **formula,
@@ -115,14 +111,14 @@ def plan(
     def ranks(dropped: Tensor | None, in_choice_order: bool) -> Tensor:
         """Leaves in `before` how many slots of an expert the blocks before hold; the number in all blocks."""
         totals = new(num_experts)
-        _run(routing_plan_kernels.histogram_kernel, programs, 4, device, ids=ids, keep=dropped, blocks=before,
+        launch(routing_plan_kernels.histogram_kernel, programs, 4, device, ids=ids, keep=dropped, blocks=before,
              CHOICE=in_choice_order, B=SLOTS, E=width, **size)  # fmt: skip
-        _run(routing_plan_kernels.scan_kernel, -(-num_experts // 32), 4, device, blocks=before, totals=totals, n=programs,
+        launch(routing_plan_kernels.scan_kernel, -(-num_experts // 32), 4, device, blocks=before, totals=totals, n=programs,
              experts=num_experts, P=64, E=32)  # fmt: skip
         return totals
 
     def place(**arguments: Any) -> None:
-        _run(routing_plan_kernels.place_kernel, programs, 4, device, ids=ids, before=before, offsets=offsets,
+        launch(routing_plan_kernels.place_kernel, programs, 4, device, ids=ids, before=before, offsets=offsets,
              padded_offsets=padded_offsets, position=position, kept=kept, order=order, inverse=inverse, row_slot=row_slot,
              B=SLOTS, **size, **arguments)  # fmt: skip
 
@@ -130,12 +126,12 @@ def plan(
     if choice:  # the kept slots of an expert are no prefix in slot order: ranked again among themselves
         place(keep=keep, capacity=limit, CHOICE=True, POSITION=True, PLACE=False)
         totals, limit, keep = ranks(kept, False), None, kept
-    _run(routing_plan_kernels.offsets_kernel, 1, 4, device, totals=totals, counts=counts, offsets=offsets,
+    launch(routing_plan_kernels.offsets_kernel, 1, 4, device, totals=totals, counts=counts, offsets=offsets,
          padded_offsets=padded_offsets, experts=num_experts, capacity=limit, block=block, E=width)  # fmt: skip
     place(keep=keep, capacity=limit, CHOICE=False, POSITION=not choice, PLACE=True)
     blocks = block_expert.numel()
     per_program = max(8192 // width, 1)
-    _run(routing_plan_kernels.block_experts_kernel, -(-blocks // per_program), 4, device, padded_offsets=padded_offsets,
+    launch(routing_plan_kernels.block_experts_kernel, -(-blocks // per_program), 4, device, padded_offsets=padded_offsets,
          block_expert=block_expert, n=blocks, block=block, experts=num_experts, B=per_program, E=width)  # fmt: skip
     return order, inverse, counts, offsets, position, row_slot, block_expert, padded_offsets
 
@@ -151,7 +147,7 @@ def gather(x: Tensor, order: Tensor, k: int) -> Tensor:
     x, order = x.contiguous(), order.contiguous()
     out = torch.empty((order.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     columns, tiles = _columns(x.shape[1])
-    _run(routing_plan_kernels.gather_kernel, order.shape[0] * tiles, warps(columns), x.device, x=x, order=order, out=out, k=k,
+    launch(routing_plan_kernels.gather_kernel, order.shape[0] * tiles, warps(columns), x.device, x=x, order=order, out=out, k=k,
          width=x.shape[1], tiles=tiles, B=columns)  # fmt: skip
     return out
 
@@ -162,7 +158,7 @@ def combine(rows: Tensor, weights: Tensor | None, inverse: Tensor) -> Tensor:
     tokens, k = inverse.shape
     out = torch.empty((tokens, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     columns, tiles = _columns(rows.shape[1])
-    _run(routing_plan_kernels.combine_kernel, tokens * tiles, warps(columns), rows.device, rows=rows, weights=weights,
+    launch(routing_plan_kernels.combine_kernel, tokens * tiles, warps(columns), rows.device, rows=rows, weights=weights,
          inverse=inverse, out=out, k=k, width=rows.shape[1], tiles=tiles, DTYPE=DTYPES[compute_dtype(rows)], B=columns)  # fmt: skip
     return out
 
@@ -181,7 +177,7 @@ def combine_backward(
     grad_rows = rows.new_empty(rows.shape if need_rows else (0,))
     grad_weights = rows.new_zeros(inverse.shape if need_weights else (0,), dtype=dtype)  # dropped slots stay 0
     columns, _ = _columns(rows.shape[1])
-    _run(
+    launch(
         routing_plan_kernels.combine_backward_kernel, order.shape[0], warps(columns), rows.device,
         grad=grad.to(rows.dtype).contiguous(), rows=rows.contiguous(), weights=contiguous(weights, dtype),
         order=order.contiguous(), grad_rows=grad_rows if need_rows else None, grad_weights=grad_weights if need_weights else None,

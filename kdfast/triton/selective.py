@@ -49,7 +49,7 @@ def selective_kl(
     repair = new(2, dtype=torch.float64) if counted else None
     if counted:
         per_program = -(-pixels // COUNTERS)
-        run(kernels.count_kernel, COUNTERS, 4, device, labels=targets, found=guess, ignore_index=ignore_index, pixels=pixels,
+        launch(kernels.count_kernel, COUNTERS, 4, device, labels=targets, found=guess, ignore_index=ignore_index, pixels=pixels,
             per_program=per_program, B=1024)  # fmt: skip
     shared: dict[str, Any] = {
         "pixels": pixels, "temperature": float(temperature), "factor": float(factor), "NORMALIZER": normalizer,
@@ -70,13 +70,13 @@ def selective_kl(
         "SCALED_A": not half_a, "SCALED_B": not half_b, "B": 1024,
     }  # fmt: skip
     if normalizer == "selected" and (need_a or need_b):
-        run(kernels.selective_kernel, blocks, num_warps, device, **main, grad_a=None, grad_b=None, guess=None, GRAD_A=False,
+        launch(kernels.selective_kernel, blocks, num_warps, device, **main, grad_a=None, grad_b=None, guess=None, GRAD_A=False,
             GRAD_B=False, SCALED_A=False, SCALED_B=False)  # fmt: skip
-        run(kernels.totals_kernel, 1, 4, device, **totals, guess=None, repair=None)
+        launch(kernels.totals_kernel, 1, 4, device, **totals, guess=None, repair=None)
         guess = counts
-    run(kernels.selective_kernel, blocks, num_warps, device, **main, grad_a=grad_a if need_a else None,
+    launch(kernels.selective_kernel, blocks, num_warps, device, **main, grad_a=grad_a if need_a else None,
         grad_b=grad_b if need_b else None, guess=guess, GRAD_A=need_a, GRAD_B=need_b, SCALED_A=scaled_a, SCALED_B=scaled_b)  # fmt: skip
-    run(kernels.totals_kernel, 1, 4, device, **totals, guess=guess, repair=repair)
+    launch(kernels.totals_kernel, 1, 4, device, **totals, guess=guess, repair=repair)
     if repair is not None:
         for side, (gradient, stored) in enumerate(((grad_a, scaled_a), (grad_b, scaled_b))):
             if stored:
@@ -87,9 +87,5 @@ def selective_kl(
 def _repair(gradient: Tensor, repair: Tensor, side: int) -> None:
     """The gradient's memory from end to end: it is dense, so the order of its axes does not matter."""
     programs = 4 * multiprocessors(gradient.device)
-    run(kernels.repair_kernel, programs, 4, gradient.device, gradient=gradient, repair=repair, side=side, n=gradient.numel(),
+    launch(kernels.repair_kernel, programs, 4, gradient.device, gradient=gradient, repair=repair, side=side, n=gradient.numel(),
         per_program=-(-gradient.numel() // programs), DTYPE=DTYPES[compute_dtype(gradient)], B=1024)  # fmt: skip
-
-
-def run(kernel: Any, programs: int, num_warps: int, device: torch.device, **arguments: Any) -> None:
-    launch(kernel, programs, arguments, device, num_warps)

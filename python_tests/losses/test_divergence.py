@@ -645,3 +645,10 @@ def test_an_infinite_divergence_of_weight_0_leaves_the_gradient_of_cross_entropy
     want = F.cross_entropy(student, labels)
     torch.testing.assert_close(out.loss, want)
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (out.loss, want)))
+
+
+def test_a_module_takes_one_tensor_for_two_options():
+    student, teacher = pair(N, C)
+    both = torch.linspace(0.5, 2.0, N, dtype=torch.float64)
+    twin = losses.KDLoss(temperature=both, weight=both)
+    torch.testing.assert_close(twin(student, teacher), kd_loss(student, teacher, temperature=both, weight=both))
