@@ -55,9 +55,10 @@ class LossModule(nn.Module):
                 self.options[name] = value
 
     def forward(self, *tensors: Any, **call_options: Any) -> Any:
-        own = {"recurse": False, "remove_duplicate": False}  # one tensor may be given for two options
-        tensors_bound = {**dict(self.named_buffers(**own)), **dict(self.named_parameters(**own))}
-        bound = {**self.options, **tensors_bound, **call_options}
+        # not without duplicates: one tensor may be given for two options
+        buffers = dict(self.named_buffers(recurse=False, remove_duplicate=False))
+        learnt = dict(self.named_parameters(recurse=False, remove_duplicate=False))
+        bound = {**self.options, **buffers, **learnt, **call_options}
         return type(self).function(*tensors, **bound)
 
     def extra_repr(self) -> str:
