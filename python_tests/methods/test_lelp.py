@@ -189,7 +189,7 @@ def test_a_target_of_zero_and_extreme_logits_stay_finite():
         ({"n_subclasses": 4}, "logits: expected a multiple of 4 outputs, got 6"),
         ({"alpha": 1.1}, "alpha: expected a finite number in"),
         ({"temperature": 0.0}, "temperature: expected a finite number in"),
-        ({"labels": torch.full((7,), 3)}, r"labels: expected integers in \[0, 3\), got 3 to 3"),
+        ({"labels": torch.full((7,), 3)}, r"labels: expected integers in \[0, 3\), got 3 at row 0"),
         ({"labels": torch.zeros(6, dtype=torch.long)}, "labels: expected shape"),
     ],
     ids=str,

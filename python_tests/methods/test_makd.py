@@ -58,7 +58,7 @@ def test_extreme_logits_stay_finite():
         ({"q": torch.full((5, 4), float("nan"))}, "aspects: expected probabilities"),
         ({"q": torch.zeros(5, 0), "num_classes": 7}, "aspects: expected at least one question"),
         ({"q": torch.zeros(4, 4)}, r"aspects: expected \[B, Q\]"),
-        ({"y": torch.full((5,), 3)}, r"labels: expected integers in \[0, 3\), got 3 to 3"),
+        ({"y": torch.full((5,), 3)}, r"labels: expected integers in \[0, 3\), got 3 at row 0"),
         ({"y": torch.full((5,), -100)}, r"labels: expected integers in \[0, 3\)"),
         ({"alpha": -1.0}, "alpha: expected a finite number in"),
         ({"ce_weight": -1.0}, "ce_weight: expected a finite number in"),

@@ -100,7 +100,7 @@ def test_ramp():
         ({"v": torch.zeros(3, 4, 4, dtype=torch.long)}, "expert_logits: expected float16"),
         ({"class_counts": COUNTS[:3]}, "class_counts: expected 4 counts"),
         ({"class_counts": COUNTS - 4}, "class_counts: expected counts > 0"),
-        ({"labels": torch.tensor([0, 4])}, r"labels: expected integers in \[0, 4\), got 0 to 4"),
+        ({"labels": torch.tensor([0, 4])}, r"labels: expected integers in \[0, 4\), got 4 at row 1"),
         ({"labels": torch.tensor([0, -100])}, r"labels: expected integers in \[0, 4\)"),
         ({"powers": (1.0, 2.0)}, "powers: expected one for each of 3 experts, got 2"),
         ({"ramp_epochs": 0}, "ramp_epochs: expected a finite number in"),

@@ -98,7 +98,7 @@ def test_soft_labels_that_are_none_warn_under_debug():
         ({"s": torch.zeros(5, 1), "t": torch.zeros(5, 1)}, "C >= 2"),
         ({"t": torch.zeros(5, 7)}, "student, teacher: expected"),
         ({"labels": torch.zeros(5, 7)}, r"labels: expected soft labels \(5, 6\)"),
-        ({"labels": torch.full((5,), 6)}, r"labels: expected integers in \[0, 6\), got 6 to 6"),
+        ({"labels": torch.full((5,), 6)}, r"labels: expected integers in \[0, 6\), got 6 at row 0"),
         ({"labels": torch.full((5,), -100)}, r"labels: expected integers in \[0, 6\)"),
         ({"ce_weight": -0.1}, "ce_weight: expected a finite number in"),
         ({"kd_weight": -0.1}, "kd_weight: expected a finite number in"),

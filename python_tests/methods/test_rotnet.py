@@ -38,7 +38,7 @@ def test_loss_is_the_mean_over_the_turns_of_every_image():
         (torch.zeros(8, 3), None, r"logits: expected \[4 B, 4\]"),
         (torch.zeros(6, 4), None, r"logits: expected \[4 B, 4\]"),
         (torch.zeros(0, 4), None, "at least one image"),
-        (torch.zeros(4, 4), torch.tensor([0, 1, 2, 4]), r"labels: expected integers in \[0, 4\), got 0 to 4"),
+        (torch.zeros(4, 4), torch.tensor([0, 1, 2, 4]), r"labels: expected integers in \[0, 4\), got 4 at row 3"),
         (torch.zeros(4, 4), torch.tensor([0, 1, 2, -100]), r"labels: expected integers in \[0, 4\)"),
         (torch.zeros(4, 4), torch.tensor([0, 1, 2]), "labels: expected shape"),
         (torch.zeros(4, 4, dtype=torch.long), None, "logits: expected float16"),
