@@ -255,9 +255,16 @@ def readme_table(found: dict[str, dict]) -> list[str]:
     return [note, "", *lines]
 
 
+def gpu_section() -> list[str]:
+    from benchmarks.gpu import page  # not at the top: it formats numbers with this module
+
+    page.write()
+    return ["## GPUs", "", page.summary(), ""]
+
+
 def write(known: dict[str, Case]) -> None:
     found = results()
-    lines = [INTRO, *targets_table(found), *plots(found), *accuracy_section(), "## Every row", ""]
+    lines = [INTRO, *targets_table(found), *plots(found), *accuracy_section(), *gpu_section(), "## Every row", ""]
     for result in found.values():
         lines += case_section(result)
     absent = [name for name in known if name not in found]

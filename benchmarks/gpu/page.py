@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from benchmarks.case import COMPILED, PLAIN
@@ -150,6 +149,20 @@ def text() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(page: Path = PAGE) -> None:
-    page.write_text(text())
-    print(f"wrote {page.name}")
+def summary() -> str:
+    """For docs/benchmarks.md: how many targets are met on which GPU, or that none was measured."""
+    lines = []
+    for results in gpus().values():
+        judged = [target for result in results for target in result["targets"]]
+        met = sum(target["met"] for target in judged)
+        lines.append(
+            f"{results[0]['device']}: {met} of {len(judged)} targets met, in {len(results)} of {len(CASES)} cases."
+        )
+    if not lines:
+        lines = ["No GPU has been measured yet: no number without a measured file behind it."]
+    return " ".join([*lines, "All cases and targets: [benchmarks-gpu.md](benchmarks-gpu.md)."])
+
+
+def write() -> None:
+    PAGE.write_text(text())
+    print(f"wrote {PAGE.relative_to(ROOT)}")
