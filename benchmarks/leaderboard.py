@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from kdfast._files import write_text
 from kdfast.catalogue import BASELINES, CATALOGUE
 from kdfast.data import Task, load_task
 from kdfast.experiment import Arm, arms_of, joined, run
 from kdfast.metrics.comparison import compare, mean_and_error, summary
-from kdfast.train.checkpoint import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "leaderboard.json"

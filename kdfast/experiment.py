@@ -28,13 +28,13 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from kdfast import __version__, backend_info
+from kdfast._files import write_text
 from kdfast.data import Task, load_task, models
 from kdfast.losses import LossOutput
 from kdfast.methods import Context, load
 from kdfast.metrics.comparison import compare, sentence, summary
 from kdfast.report import draw, markdown
 from kdfast.train import Distiller
-from kdfast.train.checkpoint import write_text
 
 Measure = Callable[[Distiller, Mapping[str, DataLoader]], dict[str, float]]
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdfast._files import write_text
 from kdfast.data import Task, load_task
 from kdfast.experiment import Arm, Measure
 from kdfast.experiment import run as run_arms
 from kdfast.metrics.comparison import compare, mean_and_error
-from kdfast.train.checkpoint import write_text
 
 RUNS = Path(__file__).resolve().parents[2] / "runs" / "experiments"  # finished arms and seeds, not committed
 Claims = Sequence[tuple[str, str]]  # (arm, against)

@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kdfast._files import write_text
 from kdfast.data import Task, load_task
 from kdfast.experiment import Arm
 from kdfast.experiment import run as run_arms
 from kdfast.metrics import mean_and_error
-from kdfast.train.checkpoint import write_text
 
 WORK = (
     Path(__file__).resolve().parents[2] / "runs" / "experiments" / "cnn_vit_bsd"

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 import kdfast
 from benchmarks.experiments._common import RUNS, write
+from kdfast._files import write_text
 from kdfast.data import models
 from kdfast.data.pruning import ForgettingTracker, el2n, select
 from kdfast.data.relabelled_digits import narrow_mlp, relabelled_digits_task, relabelled_splits
 from kdfast.experiment import commit, threads
 from kdfast.methods.kd_data_pruning import pruned_kd_loss, ridge_student
 from kdfast.metrics import accuracy, mean_and_error, sentence, summary
-from kdfast.train.checkpoint import write_text
 
 BATCH, LR = 64, 2e-3
 SHARES, ALPHAS, SELECTORS = (0.05, 0.1, 0.2, 0.5, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0), ("random", "el2n", "forgetting")

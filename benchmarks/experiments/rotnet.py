@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import kdfast
 from benchmarks.experiments._common import RUNS, write
+from kdfast._files import write_text
 from kdfast.data import NamedRows
 from kdfast.data.digit_turns import turn_splits
 from kdfast.data.rotations import rotate4
@@ -31,7 +32,6 @@ from kdfast.experiment import commit
 from kdfast.methods.rotnet import Method, RotNet, small_blocks
 from kdfast.metrics import accuracy, mean_and_error, sentence, summary
 from kdfast.train import Distiller
-from kdfast.train.checkpoint import write_text
 
 BATCH, LR, STEPS = 64, 2e-3, 300
 COUNTS = (5, 20, 100)

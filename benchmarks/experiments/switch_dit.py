@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.experiments._common import RUNS, run_own
+from kdfast._files import write_text
 from kdfast.data import Task, load_task
 from kdfast.data.digits import digit_images
 from kdfast.experiment import arms_of
 from kdfast.methods.switch_dit import SwitchDiT
 from kdfast.metrics import frechet_distance, mean_and_error
 from kdfast.nn.diffusion import DiffusionSchedule
-from kdfast.train.checkpoint import write_text
 
 CLAIMS = (("whole", "no_prior"), ("whole", "dit"), ("no_prior", "dit"))
 SAMPLES = 1000

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdfast._files import write_text
 from kdfast.data import Task, load_task
 from kdfast.experiment import Arm
 from kdfast.experiment import run as run_arms
-from kdfast.train.checkpoint import write_text
 
 WORK = Path(__file__).resolve().parents[2] / "runs" / "experiments" / "trg"  # finished arms and seeds, not committed
 DATA = ("digit_maps", "digit_maps_tail")

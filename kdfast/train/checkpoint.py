@@ -90,13 +90,6 @@ def latest(folder: Path) -> Path | None:
     return max((path for path in folder.glob("step-*") if not path.name.endswith(".tmp")), default=None)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step: a reader, or a kill, never meets half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def rng_state() -> dict[str, Any]:
     """Python's, NumPy's and torch's generators (every CUDA device), as plain data and tensors."""
     numpy = np.random.get_state(legacy=False)  # a dict; its one array is the generator's words

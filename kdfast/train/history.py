@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kdfast.train.checkpoint import write_text
+from kdfast._files import write_text
 
 
 class History:

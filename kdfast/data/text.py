@@ -1,0 +1,212 @@
+"""Text as rows of token ids: a HF dataset, JSONL, parquet or a folder of text, one document per row or packed.
+
+    rows = token_rows("corpus/", tokenizer, max_length=1024, packing=True)
+    rows[3]                  {"input_ids": [L], "labels": [L], "row_id": 3}
+    collate_rows([rows[3], rows[7]])     padded, with an attention mask
+
+A row's id is its place: the same data, tokenizer and options give the same rows, so a teacher's cache and a training loop mean the
+same tokens by the same id. Labels are the tokens themselves, not shifted, and -100 where a token counts in no loss.
+
+Documents end with the tokenizer's end-of-text token. One document per row cuts a document at `max_length` and drops the rest.
+`packing=True` joins documents and cuts the stream into rows of `max_length`, dropping nothing; the first token of each document
+has the label -100, since nothing predicts it. Attention sees the whole row, in the teacher as in the student.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kdfast._checks import check_int
+from kdfast._extras import needs
+
+IGNORE = -100
+# What a folder is searched for, in this order; the loader of `datasets` for each. A .txt file is one document.
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+
+
+class TokenRows(Dataset):
+    """Rows of token ids over a table of `datasets` (memory-mapped), with columns "input_ids", "length" and, if not all count, "keep".
+
+    rows[i]: {"input_ids": int64 [L], "labels": int64 [L], "row_id": i}.
+    """
+
+    def __init__(self, table: Any) -> None:
+        self.table = table.with_format("numpy")
+        self.lengths = np.asarray(self.table["length"][:], dtype=np.int64)
+        self._masked = "keep" in table.column_names
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.table[int(index)]
+        tokens = torch.from_numpy(row["input_ids"].astype(np.int64))
+        labels = tokens
+        if self._masked:
+            labels = tokens.where(torch.from_numpy(row["keep"].astype(np.bool_)), IGNORE)
+        return {"input_ids": tokens, "labels": labels, "row_id": int(index)}
+
+
+def token_rows(
+    data: Any,
+    tokenizer: Any,
+    *,
+    max_length: int = 1024,
+    packing: bool = False,
+    column: str = "text",
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    num_proc: int | None = None,
+) -> TokenRows:
+    """Tokenizes `data` (see `load_text`) into rows of at most `max_length` tokens.
+
+    Args:
+        tokenizer: of transformers or of tokenizers, or the name or folder of one.
+        packing: rows of `max_length` tokens from joined documents, else one document per row. (A thousand documents are joined at
+            a time, so one row in each thousand documents is shorter.)
+        column: of the text. A dataset with a column "input_ids" (and "labels") is taken as it is, cut at max_length.
+        split, config, revision: as in `datasets.load_dataset`. limit: the first so many documents. num_proc: processes that tokenize.
+
+    >>> rows = token_rows(["one document", "another"], "Qwen/Qwen2.5-0.5B", max_length=16)   # doctest: +SKIP
+    """
+    check_int("max_length", max_length, low=2)
+    documents = load_text(data, split=split, config=config, revision=revision)
+    if limit is not None:
+        documents = documents.select(range(min(check_int("limit", limit, low=1), len(documents))))
+    tokenizer = load_tokenizer(tokenizer)
+    ready = "input_ids" in documents.column_names
+    if not ready and column not in documents.column_names:
+        raise ValueError(f"column: expected one of {', '.join(documents.column_names)}, got {column!r}")
+    eos = getattr(tokenizer, "eos_token_id", None)
+
+    def work(batch: Mapping[str, list]) -> dict[str, list]:
+        if ready:
+            tokens = batch["input_ids"]
+            keep = [[label != IGNORE for label in row] for row in batch["labels"]] if "labels" in batch else None
+        else:
+            tokens, keep = [_ended(row, eos) for row in encode(tokenizer, batch[column])], None
+        if packing:
+            keep = [[True] * len(row) for row in tokens] if keep is None else keep
+            keep = [[False, *row[1:]] for row in keep]
+            tokens, keep = _packed(tokens, max_length), _packed(keep, max_length)
+        columns = {"input_ids": [row[:max_length] for row in tokens if row]}
+        columns["length"] = [len(row) for row in columns["input_ids"]]
+        if keep is not None:
+            columns["keep"] = [row[:max_length] for row in keep if row]
+        return columns
+
+    options = json.dumps([packing, max_length, column, eos, tokenizer_fingerprint(tokenizer)])
+    name = hashlib.sha256(f"kdfast {documents._fingerprint} {options}".encode()).hexdigest()[:16]
+    masked = packing or (ready and "labels" in documents.column_names)
+    table = documents.map(
+        work, batched=True, batch_size=1000, num_proc=num_proc, remove_columns=documents.column_names,
+        features=_features(masked), new_fingerprint=name, desc="tokenizing",
+    )  # fmt: skip
+    if len(table) == 0:
+        raise ValueError("data: expected text, got no token at all")
+    return TokenRows(table)
+
+
+def load_text(data: Any, *, split: str = "train", config: str | None = None, revision: str | None = None) -> Any:
+    """A `datasets.Dataset` of documents.
+
+    data: a list of strings; a .jsonl, .json, .parquet or .txt file (one document per file of .txt); a folder of one of these kinds;
+        a folder that `save_to_disk` wrote; the id of a dataset on the Hub; or a `datasets.Dataset`, returned as it is.
+    """
+    datasets = needs("datasets", "hf")
+    if isinstance(data, datasets.Dataset):
+        return data
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        if not all(isinstance(text, str) for text in data):
+            raise TypeError("data: expected strings, a path, an id or a datasets.Dataset, got a list of something else")
+        return datasets.Dataset.from_dict({"text": list(data)})
+    if not isinstance(data, (str, Path)):
+        raise TypeError(f"data: expected strings, a path, an id or a datasets.Dataset, got {type(data).__name__}")
+    path = Path(data)
+    if not path.exists():
+        if isinstance(data, Path) or path.suffix in FORMATS or path.is_absolute() or str(data).startswith("."):
+            raise ValueError(f"data: no file or folder {str(data)!r}")
+        return datasets.load_dataset(data, config, split=split, revision=revision)
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(str(path))
+    for suffix, loader in FORMATS.items():
+        files = [path] if path.suffix == suffix else sorted(path.rglob(f"*{suffix}")) if path.is_dir() else []
+        if files:
+            options = {"sample_by": "document"} if loader == "text" else {}
+            return datasets.load_dataset(loader, data_files=[str(file) for file in files], split=split, **options)
+    raise ValueError(f"data: expected {', '.join(FORMATS)} or a folder of them, found none at {str(data)!r}")
+
+
+def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, Tensor]:
+    """Rows of different lengths as a batch: padded on the right with `pad_id`, label -100, attention mask 0."""
+    return {
+        "input_ids": padded([row["input_ids"] for row in rows], pad_id),
+        "attention_mask": padded([torch.ones_like(row["input_ids"]) for row in rows], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORE),
+        "row_id": torch.tensor([row["row_id"] for row in rows]),
+    }
+
+
+def padded(tensors: Sequence[Tensor], value: float) -> Tensor:
+    """[B, L, ...] from tensors [L_b, ...], filled up with `value`."""
+    return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value)
+
+
+# ---------------------------------------------------------------- tokenizers
+def load_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of a name, a folder or a tokenizer.json; a tokenizer is returned as it is."""
+    if not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    if Path(tokenizer).is_file():
+        return needs("tokenizers", "hf").Tokenizer.from_file(str(tokenizer))
+    return needs("transformers", "hf").AutoTokenizer.from_pretrained(str(tokenizer))
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, with what the tokenizer adds itself (a beginning-of-text token)."""
+    if callable(tokenizer):
+        return tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+    if hasattr(tokenizer, "encode_batch"):
+        return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    raise TypeError(
+        f"tokenizer: expected one of transformers or tokenizers, or its name, got {type(tokenizer).__name__}"
+    )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """sha256 of which token each id is, added tokens included: equal for tokenizers that mean the same by an id.
+
+    tokenizer: of transformers or tokenizers, a mapping {token: id}, or None, whose fingerprint is None.
+    """
+    if tokenizer is None:
+        return None
+    vocabulary = tokenizer if isinstance(tokenizer, Mapping) else tokenizer.get_vocab()
+    pairs = sorted((int(index), token) for token, index in vocabulary.items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- pieces
+def _ended(tokens: list[int], eos: int | None) -> list[int]:
+    return tokens if eos is None or not tokens or tokens[-1] == eos else [*tokens, eos]
+
+
+def _packed(rows: list[list], length: int) -> list[list]:
+    stream = [entry for row in rows for entry in row]
+    return [stream[at : at + length] for at in range(0, len(stream), length)]
+
+
+def _features(masked: bool) -> Any:
+    datasets = needs("datasets", "hf")
+    columns = {"input_ids": datasets.Sequence(datasets.Value("int32")), "length": datasets.Value("int32")}
+    return datasets.Features(columns | ({"keep": datasets.Sequence(datasets.Value("bool"))} if masked else {}))

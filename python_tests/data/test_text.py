@@ -1,0 +1,123 @@
+"""Rows of token ids from every kind of text: same rows from each, nothing lost in packing, labels and ids as said."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("datasets")
+pytest.importorskip("transformers")
+
+import datasets
+from lm import TEXTS, tokenizer
+
+from kdfast.data import text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_folder(tmp_path_factory):
+    """What `datasets` stores of a run goes with it."""
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+def as_lists(rows):
+    return [row["input_ids"].tolist() for row in (rows[i] for i in range(len(rows)))]
+
+
+def test_every_source_gives_the_same_rows(tmp_path):
+    want = as_lists(text.token_rows(TEXTS, tokenizer(), max_length=64))
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, document in enumerate(TEXTS):
+        (folder / f"{i:03}.txt").write_text(document)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in TEXTS))
+    table.to_parquet(tmp_path / "b.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for source in (folder, tmp_path / "a.jsonl", str(tmp_path / "b.parquet"), tmp_path / "saved", table):
+        assert as_lists(text.token_rows(source, tokenizer(), max_length=64)) == want, source
+    assert len(want) == len(TEXTS) and max(map(len, want)) == 64 and min(map(len, want)) < 64
+    eos = tokenizer().eos_token_id
+    for row, document in zip(want, TEXTS):
+        whole = [*tokenizer()(document)["input_ids"], eos]
+        assert row == whole[:64]
+
+
+def test_packing_keeps_every_token_and_no_label_crosses_documents():
+    rows = text.token_rows(TEXTS, tokenizer(), max_length=32, packing=True)
+    stream = torch.cat([rows[i]["input_ids"] for i in range(len(rows))])
+    labels = torch.cat([rows[i]["labels"] for i in range(len(rows))])
+    eos = tokenizer().eos_token_id
+    whole = [[*tokenizer()(document)["input_ids"], eos] for document in TEXTS]
+    assert stream.tolist() == [token for row in whole for token in row]
+    assert [rows.lengths.max(), set(rows.lengths[:-1])] == [32, {32}]
+    first = torch.zeros(len(stream), dtype=torch.bool)
+    first[torch.tensor([0, *map(len, whole[:-1])]).cumsum(0)] = True
+    assert first.sum() == len(TEXTS) and torch.equal(labels == -100, first)
+    assert torch.equal(labels[~first], stream[~first])
+
+
+def test_rows_carry_their_id_and_pad_on_the_right():
+    rows = text.token_rows(TEXTS, tokenizer(), max_length=64)
+    short, long = int(rows.lengths.argmin()), int(rows.lengths.argmax())
+    batch = text.collate_rows([rows[short], rows[long]], pad_id=7)
+    assert batch["row_id"].tolist() == [short, long] and batch["input_ids"].shape == (2, rows.lengths[long])
+    used = rows.lengths[short]
+    assert torch.equal(batch["input_ids"][0, :used], rows[short]["input_ids"])
+    assert (batch["input_ids"][0, used:] == 7).all() and (batch["labels"][0, used:] == -100).all()
+    assert batch["attention_mask"].sum(1).tolist() == [rows.lengths[short], rows.lengths[long]]
+
+
+def test_token_ids_are_taken_as_they_are():
+    table = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8], [9, 3]], "labels": [[-100, -100, 7, 8], [9, 3]]})
+    rows = text.token_rows(table, None, max_length=3)
+    assert as_lists(rows) == [[5, 6, 7], [9, 3]] and rows[0]["labels"].tolist() == [-100, -100, 7]
+    packed = text.token_rows(table, None, max_length=4, packing=True)
+    assert as_lists(packed) == [[5, 6, 7, 8], [9, 3]] and packed[1]["labels"].tolist() == [-100, 3]
+
+
+def test_limit_and_a_bare_tokenizer():
+    bare = tokenizer().backend_tokenizer
+    rows = text.token_rows(TEXTS, bare, limit=3)
+    assert as_lists(rows) == tokenizer()(TEXTS[:3])["input_ids"]  # it knows no end-of-text token
+
+
+def test_fingerprint_is_of_the_meaning_of_ids(tmp_path):
+    ours = text.tokenizer_fingerprint(tokenizer())
+    tokenizer().save_pretrained(tmp_path)
+    for same in (
+        text.load_tokenizer(tmp_path),
+        text.load_tokenizer(tmp_path / "tokenizer.json"),
+        tokenizer().get_vocab(),
+    ):
+        assert text.tokenizer_fingerprint(same) == ours
+    vocabulary = dict(tokenizer().get_vocab())
+    a, b = list(vocabulary)[:2]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    assert text.tokenizer_fingerprint(vocabulary) != ours and text.tokenizer_fingerprint(None) is None
+
+
+def test_what_is_wrong_is_said(tmp_path, monkeypatch):
+    (tmp_path / "image.png").write_bytes(b"")
+    for data, message in (
+        (tmp_path / "none.jsonl", "data: no file or folder"),
+        ("./none", "data: no file or folder"),
+        (tmp_path, "expected .parquet, .jsonl, .json, .txt or a folder of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            text.token_rows(data, tokenizer())
+    with pytest.raises(TypeError, match="got a list of something else"):
+        text.token_rows([1, 2], tokenizer())
+    with pytest.raises(ValueError, match="column: expected one of text, got 'content'"):
+        text.token_rows(TEXTS, tokenizer(), column="content")
+    with pytest.raises(ValueError, match="max_length: expected an int >= 2"):
+        text.token_rows(TEXTS, tokenizer(), max_length=1)
+    with pytest.raises(TypeError, match="tokenizer: expected one of transformers or tokenizers"):
+        text.encode(object(), ["a"])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"comes with the 'hf' extra .*pip install 'kdfast\[hf\]'"):
+        text.token_rows(TEXTS, tokenizer())
