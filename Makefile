@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 # Development targets use the active environment if there is one.
 ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
 
-.PHONY: demo test test-isa test-triton triton-table sanitize lint check-install wheel bench experiments methods-page leaderboard core clean
+.PHONY: demo test test-isa test-triton triton-table sanitize lint check-install wheel bench experiments method-costs methods-page leaderboard core clean
 
 # The environment: an editable install with the compiled core next to the sources, again when sources of the core change.
 # The test extra holds only what a first run needs; pip takes the build tools into an environment of its own.
@@ -91,6 +91,11 @@ experiments: $(if $(VIRTUAL_ENV),,$(READY))
 
 # docs/methods.md from the catalogue, the docstrings and the results of the experiments.
 methods-page: $(if $(VIRTUAL_ENV),,$(READY))
+	$(ACTIVE) tools/methods_page.py
+
+# One training step of every method beside plain KD and on the reference path; goes on where it was. METHODS="a b": these again.
+method-costs: $(if $(VIRTUAL_ENV),,$(READY))
+	$(ACTIVE) -m benchmarks.method_costs $(METHODS)
 	$(ACTIVE) tools/methods_page.py
 
 # Every classification method on the same teacher, student, data and seeds: docs/leaderboard.md; resumable.

@@ -107,7 +107,7 @@ def test_nd_loss_measures_norm_and_direction(tmp_path):
     assert list(found) == ["teacher", *(arm.name for arm in nd_loss.ARMS)]
     assert found["ce"]["measures"]["norm ratio"][0] < found["ce_nd_2"]["measures"]["norm ratio"][0]
     assert sum("chosen on the validation split" in line for line in results["sentences"]) == 2
-    assert nd_loss.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+    assert nd_loss.run(out, seeds=1, tasks=[task], work=tmp_path / "elsewhere") == json.loads(out.read_text())
 
 
 def test_bd_kd_measures_calibration_of_the_student(tmp_path):
@@ -122,19 +122,27 @@ def test_bd_kd_measures_calibration_of_the_student(tmp_path):
 
 def test_dhkd_counts_conflicts(tmp_path):
     out = tmp_path / "results" / "dhkd.json"
-    task = dataclasses.replace(dhkd.many_digits(), teacher_steps=40)
-    results = dhkd.run(out, seeds=1, steps=180, task=task, work=tmp_path / "work")
-    assert list(results["arms"]) == ["teacher", *(arm.name for arm in dhkd.ARMS)] and len(results["sentences"]) == 7
-    assert 0 < results["arms"]["dhkd"]["measures"]["share of steps with opposed gradients"][0] < 1
-    assert results["arms"]["one_head"]["measures"] == {}
-    assert dhkd.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+    tasks = [
+        dataclasses.replace(dhkd.many_digits(), teacher_steps=40),
+        dataclasses.replace(dhkd.digit_pairs(), teacher_steps=2),
+    ]
+    results = dhkd.run(out, seeds=1, steps=180, tasks=tasks[:1], work=tmp_path / "work")
+    found = results["data"]["many_digits"]["arms"]
+    assert list(found) == ["teacher", *(arm.name for arm in dhkd.ARMS)] and len(results["sentences"]) == 8
+    assert 0 < found["dhkd"]["measures"]["share of steps with opposed gradients"][0] < 1
+    assert set(found["one_head"]["measures"]) == {"training CE"} and found["ce"]["measures"]["training CE"][0] < 1
+    images, labels = tasks[1].splits(0)["student"].tensors
+    assert images.shape == (3000, 1, 8, 16) and labels.unique().tolist() == list(range(100))
+    pairs = dhkd.run(tmp_path / "pairs.json", seeds=1, steps=2, tasks=tasks[1:], work=tmp_path / "pairs")
+    assert list(pairs["data"]) == ["digit_pairs"]
+    assert dhkd.run(out, seeds=1, tasks=tasks[:1], work=tmp_path / "elsewhere") == json.loads(out.read_text())
 
 
 def test_dho_measures_the_conflict_of_gradients(tmp_path):
     out = tmp_path / "results" / "dho.json"
     task = dataclasses.replace(load_task("digit_few"), teacher_steps=40)
     results = dho.run(out, seeds=1, steps=40, task=task, work=tmp_path / "work")
-    assert list(results["arms"]) == ["teacher", *(arm.name for arm in dho.ARMS)] and len(results["sentences"]) == 6
+    assert list(results["arms"]) == ["teacher", *(arm.name for arm in dho.ARMS)] and len(results["sentences"]) == 9
     measures = {name: arm["measures"] for name, arm in results["arms"].items()}
     assert set(measures["dho"]) == {"gradient cosine", "alpha", "beta"} and measures["ce"] == {}
     assert measures["dual_half"]["alpha"] == [0.5] and -1 < measures["single_head"]["gradient cosine"][0] < 1
@@ -161,9 +169,19 @@ def test_noticed_by_hand():
 
 def test_lsskd_runs_without_a_teacher(tmp_path):
     out = tmp_path / "results" / "lsskd.json"
-    results = lsskd.run(out, seeds=1, steps=4, tasks=[lsskd.staged_digits(200)], work=tmp_path / "work")
+    tasks = [lsskd.staged_digits(200)]
+    results = lsskd.run(out, seeds=1, steps=4, tasks=tasks, work=tmp_path / "work")
     found = results["data"]["digit_stages_200"]
     assert list(found["arms"]) == [arm.name for arm in lsskd.ARMS] and len(results["sentences"]) == 5
     assert found["settings"]["arms"]["ce"]["rounds"] == 4
     assert found["arms"]["ce"]["curves"][0][-1][0] == 4 * found["arms"]["lsskd"]["curves"][0][-1][0]
-    assert lsskd.run(out, seeds=1, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+    assert lsskd.run(out, seeds=1, tasks=tasks, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+    more = dataclasses.replace(lsskd.staged_digits(1000), splits=tasks[0].splits)
+    both = lsskd.run(out, seeds=1, steps=1, tasks=[more], work=tmp_path / "work")  # a size that is not there yet
+    assert list(both["data"]) == ["digit_stages_1000"]
+
+
+def test_a_thousand_labels_are_another_size():
+    splits = lsskd.staged_digits(1000).splits(0)
+    assert len(splits["student"]) == 1000 and len(splits["val"]) == 200 and len(splits["test"]) == 597
+    assert set(lsskd.LABELS) == {200, 1000}

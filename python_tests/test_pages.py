@@ -2,14 +2,16 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 
-from benchmarks import leaderboard
+from benchmarks import leaderboard, method_costs
 from kdfast.catalogue import BASELINES, CATALOGUE, find
 from kdfast.metrics.comparison import compare, summary
 
@@ -59,6 +61,55 @@ def test_a_result_becomes_a_table_and_its_sentences(page, tmp_path):
     (tmp_path / "kd.json").write_text(json.dumps(own))
     assert "| labels | 60.0 ± 10.0 | 2 |" in "\n".join(page.section(find("kd"), tmp_path / "kd.json"))
     assert "No figures yet" in "\n".join(page.section(find("kd"), tmp_path / "absent.json"))
+
+
+# ---------------------------------------------------------------- what a step costs
+def test_costs_of_a_method_are_measured_kept_and_shown(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDFAST_BACKEND", "cpu")
+    out = tmp_path / "costs.json"
+    monkeypatch.setattr(method_costs, "apart", lambda slug, seconds: method_costs.measure(slug, seconds=seconds))
+    method_costs.main(["dkd", "--seconds", "0", "--out", str(out)])
+    found = json.loads(out.read_text())["dkd"]
+    assert (found["arm"], found["beside"], found["rounds"]) == ("dkd", "kd", 3)
+    assert set(found["ms"]) == set(found["peak_mb"]) == set(method_costs.FORMS) and min(found["ms"].values()) > 0
+    assert found["peak_mb"]["method"] >= 2 * 4 * 64 * 256 / 2**20  # two layers of the teacher, at least
+    assert os.environ["KDFAST_BACKEND"] == "cpu"  # as it was
+
+    monkeypatch.setattr(method_costs, "READY", ("dkd", "kd"))
+    monkeypatch.setattr(method_costs, "apart", lambda slug, seconds: found | {"arm": slug, "reference / method": 0.5})
+    method_costs.main(["--out", str(out)])  # goes on with what is not there
+    both = json.loads(out.read_text())
+    assert both["dkd"] == found and both["kd"]["reference / method"] == 0.5
+    table = "\n".join(page.costs(both))
+    assert "| kd | digits | kd |" in table and table.count("| **0.50x** |") == 1 and "commit" in table
+
+    def broken(slug, seconds):
+        raise RuntimeError(f"{slug}: no")
+
+    monkeypatch.setattr(method_costs, "apart", broken)
+    with pytest.raises(SystemExit, match="kd: no"):
+        method_costs.main(["kd", "--out", str(out)])
+    assert json.loads(out.read_text()) == both
+
+
+def test_peak_is_what_was_held_at_once():
+    def step():
+        torch.ones(1 << 18).add_(1)  # freed before the next
+        held = torch.ones(1 << 18), torch.ones(1 << 17)
+        assert len(held) == 2
+
+    step()
+    assert method_costs.peak_bytes(step) == 4 * ((1 << 18) + (1 << 17))
+
+
+def test_every_method_has_a_form_to_stand_beside():
+    for slug in method_costs.READY:
+        task, arm, beside = method_costs.pair(slug)
+        assert arm.method is not None and arm != beside
+        plain = (
+            "ce" if slug in ("kd", "mutual") else method_costs.ARMS.get(slug, ("", "mutual" if task.peers else "kd"))[1]
+        )
+        assert beside.name == plain, slug
 
 
 # ---------------------------------------------------------------- leaderboard

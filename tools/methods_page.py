@@ -1,4 +1,4 @@
-"""Writes docs/methods.md from the catalogue, the methods' docstrings and benchmarks/results/methods/<slug>.json.
+"""Writes docs/methods.md from the catalogue, the methods' docstrings and benchmarks/results/methods/<slug>.json and costs.json.
 
 python tools/methods_page.py            (make methods-page)
 """
@@ -37,10 +37,36 @@ def page(results: Path = RESULTS) -> str:
         name = f"[{row.slug}](#{row.slug})" if row.status == "ready" else row.slug
         there = "yes" if (results / f"{row.slug}.json").exists() else "-"
         lines.append(f"| {name} | {row.title} | {row.status} | {row.task} | {there} |")
+    if (results / "costs.json").exists():
+        lines += ["", *costs(json.loads((results / "costs.json").read_text()))]
     for row in rows:
         if row.status == "ready":
             lines += ["", *section(row, results / f"{row.slug}.json")]
     return "\n".join(lines) + "\n"
+
+
+def costs(found: dict[str, Any]) -> Iterator[str]:
+    """The table of benchmarks/method_costs.py; bold: the method is faster on the reference path."""
+    yield from (
+        "## What a step costs", "",
+        "One training step of each method beside the plain form on the same task (`python -m benchmarks.method_costs`, which says how):",
+        "milliseconds; times the plain form; peak memory of the step and of the plain form's; and how many times as long the method",
+        "takes with `KDFAST_BACKEND=reference`, plain torch (bold: it is faster). On networks this small a step is mostly Python and",
+        "small kernels; what the fused ops save grows with batch and classes ([benchmarks.md](benchmarks.md)).", "",
+        "| method | task | beside | ms per step | times | peak MB | beside, MB | reference |", "|---|---|---|---|---|---|---|---|",
+    )  # fmt: skip
+    for slug, one in found.items():
+        slower = one["reference / method"]
+        reference = f"{slower:.2f}x" if slower >= 1 else f"**{slower:.2f}x**"
+        cells = [
+            f"{slug}, {one['arm']}" if one["arm"] != slug else slug, one["task"], one["beside"], f"{one['ms']['method']:.2f}",
+            f"{one['method / beside']:.2f}x", f"{one['peak_mb']['method']:.2f}", f"{one['peak_mb']['beside']:.2f}", reference,
+        ]  # fmt: skip
+        yield "| " + " | ".join(cells) + " |"
+    machines = [one["machine"] for one in found.values()]
+    commits = ", ".join(sorted({one["commit"] for one in machines}))
+    device, cores, torch_version = (machines[-1][name] for name in ("device", "cores", "torch"))
+    yield from ("", f"{device}, {cores} cores, torch {torch_version}, commit {commits}.")
 
 
 def section(row: Row, result: Path) -> Iterator[str]:

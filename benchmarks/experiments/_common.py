@@ -84,6 +84,28 @@ def run_own(
     return write(out, results)
 
 
+def run_tasks(
+    out: Path, method: str, tasks: Sequence[Task], say: Callable[[dict[str, Any]], list[str]], *, seeds: int | Mapping[str, int],
+    steps: int | None, work: Path | None, arms: Sequence[Arm], measure: Measure | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Several tasks, each in a folder of its own in `work`; returns and writes {"data": {task: results}, "sentences": [...]}.
+
+    seeds: of every task, or {task: seeds}. say: results of one task -> its sentences. A result of as many tasks and seeds that is
+    there already is returned as it stands.
+    """
+    wanted = {task.name: seeds if isinstance(seeds, int) else seeds[task.name] for task in tasks}
+    if (found := stored(out, min(wanted.values()))) is not None and wanted.keys() <= found["data"].keys():
+        return found
+    data = {}
+    for task in tasks:
+        folder = (RUNS / method if work is None else work) / task.name
+        data[task.name] = run_task(
+            task, method, work=folder, seeds=wanted[task.name], steps=steps, arms=arms, measure=measure
+        )
+    said = [f"{name}: {line}" for name, results in data.items() for line in say(results)]
+    return write(out, {"data": data, "sentences": said})
+
+
 def measure_sentence(results: Mapping[str, Any], name: str, arm: str, against: str, *, scale: float = 100.0) -> str:
     """Of a measured number, paired by seed: lower, higher or no difference (95 % interval), with means and standard errors."""
     values, baseline = (results["arms"][one]["measures"][name] for one in (arm, against))

@@ -8,19 +8,14 @@ pixel not below mutual; and in every epoch each student teaches the other somewh
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from kdfast._files import write_text
-from kdfast.data import Task, load_task
+from benchmarks.experiments._common import run_own
+from kdfast.data import Task
 from kdfast.experiment import Arm
-from kdfast.experiment import run as run_arms
 from kdfast.metrics import mean_and_error
 
-WORK = (
-    Path(__file__).resolve().parents[2] / "runs" / "experiments" / "cnn_vit_bsd"
-)  # finished arms and seeds, not committed
 ARMS = (
     Arm("ce", None),
     Arm("mutual", "mutual", {"dim": 1, "ignore_index": 255}),
@@ -37,35 +32,23 @@ CLAIMS = (
 
 
 def run(
-    out: Path, *, seeds: int = 5, steps: int | None = None, task: Task | None = None, work: Path = WORK
+    out: Path, *, seeds: int = 5, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    """Runs what `work` does not hold yet; writes and returns the results with "selected" (see `selected`) and "sentences".
+    return run_own(
+        out, "canvases", "cnn_vit_bsd", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS, more=more
+    )  # fmt: skip
 
-    A result of as many seeds that is there already is returned as it stands.
-    """
-    if out.exists():
-        results = json.loads(out.read_text())
-        if len(results["seeds"]) >= seeds:
-            return results
 
-    def tell(what: str, done: int, total: int) -> None:
-        print(f"cnn_vit_bsd {done}/{total} {what}", flush=True)
-
-    results = run_arms(
-        task or load_task("canvases"), "cnn_vit_bsd", seeds=seeds, out=work, steps=steps, arms=ARMS, on_progress=tell
-    )
-    found = {(c["arm"], c["against"]): c for c in results["comparisons"]}
-    results["sentences"] = [found[pair]["sentence"] for pair in CLAIMS]
+def more(results: dict[str, Any]) -> list[str]:
+    """Both networks of each arm, and who teaches where, which it also puts into the results as "selected"."""
+    lines = []
     for name, arm in results["arms"].items():
         cnn, vit = zip(*arm["each"])
-        results["sentences"].append(f"{name}: CNN {mean_and_error(cnn)}, ViT {mean_and_error(vit)}")
+        lines.append(f"{name}: CNN {mean_and_error(cnn)}, ViT {mean_and_error(vit)}")
     results["selected"] = {
         name: selected(arm["counts"]) for name, arm in results["arms"].items() if "num_to_a" in arm["counts"][0]
     }
-    results["sentences"] += [sentence(name, shares) for name, shares in results["selected"].items()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(results, indent=1) + "\n")
-    return results
+    return lines + [sentence(name, shares) for name, shares in results["selected"].items()]
 
 
 def selected(counts: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:

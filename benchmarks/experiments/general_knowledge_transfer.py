@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import RUNS, measured, run_task, sentences, stored, write
+from benchmarks.experiments._common import measured, run_tasks, sentences, write
 from kdfast.data import Rows, Task, load_task
 from kdfast.data.digits import digit_mlp, digit_splits
 from kdfast.experiment import Arm
@@ -77,20 +77,21 @@ def pair(name: str) -> Task:
 def run(
     out: Path, *, seeds: int = 10, steps: int | None = None, tasks: list[Task] | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    """All three teachers; returns and writes {"data": {teacher: results}, "improved": {arm: share}, "sentences": [...]}."""
-    if (found := stored(out, seeds)) is not None:
-        return found
-    work, data, said = work or RUNS / SLUG, {}, []
-    for task in tasks or [pair(name) for name in WIDTHS]:
-        results = run_task(
-            task, SLUG, work=work / task.name, seeds=seeds, steps=steps, arms=ARMS, measure=positive_flips
-        )
-        data[task.name] = results
-        lines = [*sentences(results, [(name, "ce") for name in TRANSFERS]), measured(results, "teacher right alone")]
-        said += [f"{task.name}: {line}" for line in lines]
-    improved = {name: share_improved(data, name) for name in TRANSFERS}
-    said.append("pairs improved: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in improved.items()))
-    return write(out, {"data": data, "improved": improved, "sentences": said})
+    """All three teachers, and over them {"improved": {arm: share}}."""
+    tasks = tasks or [pair(name) for name in WIDTHS]
+    results = run_tasks(
+        out, SLUG, tasks, said, seeds=seeds, steps=steps, work=work, arms=ARMS, measure=positive_flips
+    )  # fmt: skip
+    if "improved" not in results:
+        results["improved"] = improved = {name: share_improved(results["data"], name) for name in TRANSFERS}
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in improved.items())
+        results["sentences"].append(f"pairs improved: {shares}")
+        write(out, results)
+    return results
+
+
+def said(results: dict[str, Any]) -> list[str]:
+    return [*sentences(results, [(name, "ce") for name in TRANSFERS]), measured(results, "teacher right alone")]
 
 
 def share_improved(data: Mapping[str, Any], name: str) -> float:

@@ -24,8 +24,9 @@ import kdfast
 from benchmarks.experiments._common import RUNS, write
 from kdfast._files import write_text
 from kdfast.data import models
+from kdfast.data.digits import narrow_mlp
 from kdfast.data.pruning import ForgettingTracker, el2n, select
-from kdfast.data.relabelled_digits import narrow_mlp, relabelled_digits_task, relabelled_splits
+from kdfast.data.relabelled_digits import relabelled_digits_task, relabelled_splits
 from kdfast.experiment import commit, threads
 from kdfast.methods.kd_data_pruning import pruned_kd_loss, ridge_student
 from kdfast.metrics import accuracy, mean_and_error, sentence, summary
@@ -135,7 +136,7 @@ def one_seed(seed: int, steps: int, shares: Sequence[float], alphas: Sequence[fl
 def fresh(seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return narrow_mlp()
+        return narrow_mlp(32)
 
 
 def fit(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import RUNS, measured, run_task, sentences, stored, write
+from benchmarks.experiments._common import measured, run_tasks, sentences
 from kdfast.data import Task
 from kdfast.data.digit_residues import residue_task
 from kdfast.experiment import Arm
@@ -37,18 +37,13 @@ CLASSES = (2, 3, 10)
 def run(
     out: Path, *, seeds: int = 10, steps: int | None = None, tasks: list[Task] | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    """All three problems; returns and writes {"data": {task: results}, "sentences": [...]}."""
-    if (found := stored(out, seeds)) is not None:
-        return found
-    work, data, said = work or RUNS / "lelp", {}, []
-    for task in tasks or [residue_task(classes) for classes in CLASSES]:
-        results = run_task(
-            task, "lelp", work=work / task.name, seeds=seeds, steps=steps, arms=ARMS, measure=information
-        )
-        lines = [*sentences(results, CLAIMS), measured(results, "subclass and digit, bits")]
-        data[task.name] = results
-        said += [f"{task.name}: {line}" for line in lines]
-    return write(out, {"data": data, "sentences": said})
+    """All three problems."""
+    tasks = tasks or [residue_task(classes) for classes in CLASSES]
+    return run_tasks(out, "lelp", tasks, said, seeds=seeds, steps=steps, work=work, arms=ARMS, measure=information)
+
+
+def said(results: dict[str, Any]) -> list[str]:
+    return [*sentences(results, CLAIMS), measured(results, "subclass and digit, bits")]
 
 
 @torch.no_grad()

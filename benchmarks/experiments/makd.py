@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments._common import RUNS, run_own
+from benchmarks.experiments._common import run_own
 from kdfast.data import Task
 from kdfast.experiment import Arm
 
@@ -28,5 +28,5 @@ def run(
     out: Path, *, seeds: int = 20, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
     return run_own(
-        out, "aspect_digits", "makd", CLAIMS, seeds=seeds, steps=steps, task=task, work=work or RUNS / "makd", arms=ARMS
+        out, "aspect_digits", "makd", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS
     )  # fmt: skip

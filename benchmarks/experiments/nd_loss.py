@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from benchmarks.experiments._common import RUNS, best_on_val, measured, run_task, sentences, stored, write
+from benchmarks.experiments._common import best_on_val, measured, run_tasks, sentences
 from kdfast.data import Task, load_task
 from kdfast.data.digits import digit_mlp, digit_splits, shifted
 from kdfast.experiment import Arm
@@ -69,20 +69,19 @@ def shifted_digits(width: int) -> Task:
 def run(
     out: Path, *, seeds: int = 10, steps: int | None = None, tasks: list[Task] | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    """Both students; returns and writes {"data": {task: results}, "sentences": [...]}."""
-    if (found := stored(out, seeds)) is not None:
-        return found
-    work, data, said = work or RUNS / "nd_loss", {}, []
-    for task in tasks or [shifted_digits(width) for width in WIDTHS]:
-        found = run_task(task, "nd_loss", work=work / task.name, seeds=seeds, steps=steps, arms=ARMS, measure=mechanism)
-        data[task.name] = found
-        lines = [measured(found, "norm ratio"), measured(found, "cosine"), monotone(found)]
-        for base in ("ce", "kd"):
-            best, line = best_on_val(found, [f"{base}_nd_{w:g}" for w in WEIGHTS])
-            lines += [line, *sentences(found, [(best, base)])]
-        lines += sentences(found, [("kd", "ce")])
-        said += [f"{task.name}: {line}" for line in lines]
-    return write(out, {"data": data, "sentences": said})
+    """Both students."""
+    tasks = tasks or [shifted_digits(width) for width in WIDTHS]
+    return run_tasks(
+        out, "nd_loss", tasks, said, seeds=seeds, steps=steps, work=work, arms=ARMS, measure=mechanism
+    )  # fmt: skip
+
+
+def said(results: dict[str, Any]) -> list[str]:
+    lines = [measured(results, "norm ratio"), measured(results, "cosine"), monotone(results)]
+    for base in ("ce", "kd"):
+        best, line = best_on_val(results, [f"{base}_nd_{w:g}" for w in WEIGHTS])
+        lines += [line, *sentences(results, [(best, base)])]
+    return lines + sentences(results, [("kd", "ce")])
 
 
 @torch.no_grad()

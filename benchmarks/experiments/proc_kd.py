@@ -9,10 +9,11 @@ ProC-KD a third of the student's steps.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments._common import RUNS, run_task, sentences, stored, write
+from benchmarks.experiments._common import run_tasks, sentences
 from kdfast.data import Task
 from kdfast.data.other_digits import digit_quadrants_task, other_digits_task
 from kdfast.experiment import Arm
@@ -30,12 +31,7 @@ CLAIMS = (("prototypes 8", "ce"), ("prototypes 8", "prototypes 1"), ("prototypes
 def run(
     out: Path, *, seeds: int = 3, steps: int | None = None, tasks: list[Task] | None = None, work: Path | None = None
 ) -> dict[str, Any]:
-    """Both targets; returns and writes {"data": {task: results}, "sentences": [...]}."""
-    if (found := stored(out, seeds)) is not None:
-        return found
-    work, data, said = work or RUNS / "proc_kd", {}, []
-    for task in tasks or [other_digits_task(), digit_quadrants_task()]:
-        results = run_task(task, "proc_kd", work=work / task.name, seeds=seeds, steps=steps, arms=ARMS)
-        data[task.name] = results
-        said += [f"{task.name}: {line}" for line in sentences(results, CLAIMS)]
-    return write(out, {"data": data, "sentences": said})
+    """Both targets."""
+    tasks = tasks or [other_digits_task(), digit_quadrants_task()]
+    said = partial(sentences, claims=CLAIMS)
+    return run_tasks(out, "proc_kd", tasks, said, seeds=seeds, steps=steps, work=work, arms=ARMS)

@@ -8,7 +8,6 @@ labels + KD + SinKD not below labels + KD at 0.001, and a scale of 0.1 hurts.
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import kdfast
+from benchmarks.experiments._common import write
 from kdfast.data.digits import digit_mlp, digit_splits
+from kdfast.experiment import commit, threads
 from kdfast.methods.sinkd import sinkd_total
-from kdfast.metrics.comparison import compare, sentence, summary
+from kdfast.metrics import accuracy, compare, sentence, summary
 
 CE = {"alpha": 0.0, "beta": 0.0}
 KD = {"alpha": 0.9, "beta": 0.0, "kd_temperature": 4.0}
@@ -41,29 +42,24 @@ def run(out: Path, *, seeds: int = 10, steps: int = 800) -> dict[str, Any]:
     results = json.loads(out.read_text()) if out.exists() else {"settings": settings, "accuracy": {}, "teacher": {}}
     if results["settings"] != settings:
         raise ValueError(f"{out} holds an experiment with other settings; move it away")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the networks are small: a second thread only waits
-    try:
+    with threads(1):  # the networks are small: a second thread only waits
         for seed in range(seeds):
             missing = [arm for arm in ARMS if str(seed) not in results["accuracy"].get(arm, {})]
             if not missing:
                 continue
-            splits = {name: (rows[:][0], rows[:][1]) for name, rows in digit_splits(seed).items()}
+            splits = {name: rows.tensors for name, rows in digit_splits(seed).items()}
             teacher = fit(digit_mlp(256), splits["teacher"], seed, TEACHER_STEPS, CE)
-            results["teacher"][str(seed)] = accuracy(teacher, splits["test"])
+            results["teacher"][str(seed)] = score(teacher, splits["test"])
             for arm in missing:
                 student = fit(digit_mlp(16), splits["student"], seed, steps, ARMS[arm], teacher)
-                results["accuracy"].setdefault(arm, {})[str(seed)] = accuracy(student, splits["test"])
-                write(out, results)
-    finally:
-        torch.set_num_threads(threads)
-    write(out, results)
+                results["accuracy"].setdefault(arm, {})[str(seed)] = score(student, splits["test"])
+                write(out, summarise(results))
     return results
 
 
 def fit(
     model: nn.Module,
-    data: tuple[Tensor, Tensor],
+    data: tuple[Tensor, ...],
     seed: int,
     steps: int,
     options: dict,
@@ -88,29 +84,20 @@ def fit(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+def score(model: nn.Module, data: tuple[Tensor, ...]) -> float:
     images, labels = data
-    return float((model(images).argmax(-1) == labels).double().mean())
+    return accuracy(model(images).argmax(-1), labels)
 
 
-def write(out: Path, results: dict[str, Any]) -> None:
-    """Numbers, and sentences made from them: an arm is compared with the one that lacks its Sinkhorn term."""
+def summarise(results: dict[str, Any]) -> dict[str, Any]:
+    """The numbers with sentences made from them: an arm is compared with the one that lacks its Sinkhorn term."""
     values = {
         arm: [found[key] for key in sorted(found, key=int)] for arm, found in results["accuracy"].items() if arm in ARMS
     }
-    results["summary"] = {arm: summary(v) for arm, v in values.items()}
     pairs = [(arm, arm.split(" + SinKD")[0]) for arm in values if " + SinKD" in arm]
     pairs = [(arm, base) for arm, base in pairs if len(values[arm]) == len(values[base])]
+    results["summary"] = {arm: summary(v) for arm, v in values.items()}
     results["comparisons"] = {arm: compare(values[arm], values[base]) for arm, base in pairs}
     results["sentences"] = [sentence(arm, values[arm], base, values[base]) for arm, base in pairs]
     results["versions"] = {"kdfast": kdfast.__version__, "torch": torch.__version__, "commit": commit()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_suffix(".new")
-    fresh.write_text(json.dumps(results, indent=1) + "\n")
-    fresh.replace(out)
-
-
-def commit() -> str:
-    here = Path(__file__).resolve().parent
-    found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    return results

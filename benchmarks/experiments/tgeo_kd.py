@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.experiments._common import best_on_val, measured, run_own, sentences
 from kdfast.data import Rows, Task, load_task
-from kdfast.data.digits import digit_mlp, digit_splits
+from kdfast.data.digits import digit_splits, narrow_mlp
 from kdfast.experiment import Arm
 from kdfast.methods import Context
 from kdfast.metrics.comparison import compare
@@ -51,7 +50,10 @@ def misled_digits() -> Task:
         name="misled_digits",
         title="handwritten digits (scikit-learn), 300 labels, a teacher misled about the digits 0, 1, 2",
         splits=splits,
-        teacher=partial(digit_mlp, 128),
+        student=lambda: narrow_mlp(16),
+        teacher=lambda: narrow_mlp(128),
+        layers={},
+        widths={},
         steps=300,
         teacher_steps=300,
         eval_every=50,

@@ -8,17 +8,14 @@ TRG above KD on the long-tailed set, and not below it on the full one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdfast._files import write_text
+from benchmarks.experiments._common import run_tasks
 from kdfast.data import Task, load_task
 from kdfast.experiment import Arm
-from kdfast.experiment import run as run_arms
 
-WORK = Path(__file__).resolve().parents[2] / "runs" / "experiments" / "trg"  # finished arms and seeds, not committed
 DATA = ("digit_maps", "digit_maps_tail")
 NONE = {"alpha": 0.0, "beta": 0.0, "gamma": 0.0}
 ARMS = (
@@ -33,34 +30,20 @@ ARMS = (
 
 
 def run(
-    out: Path, *, seeds: int = 5, steps: int | None = None, tasks: Sequence[Task] | None = None, work: Path = WORK
+    out: Path,
+    *,
+    seeds: int = 5,
+    steps: int | None = None,
+    tasks: Sequence[Task] | None = None,
+    work: Path | None = None,
 ) -> dict[str, Any]:
-    """Both data sets, what `work` does not hold yet; returns and writes {"data": {name: results}, "sentences": [...]}.
+    """Both data sets."""
+    tasks = tasks or [load_task(name) for name in DATA]
+    return run_tasks(out, "trg", tasks, said, seeds=seeds, steps=steps, work=work, arms=ARMS)
 
-    A result of as many seeds that is there already is returned as it stands.
-    """
-    if out.exists():
-        results = json.loads(out.read_text())
-        if all(len(found["seeds"]) >= seeds for found in results["data"].values()):
-            return results
-    data = {}
-    for task in tasks or [load_task(name) for name in DATA]:
 
-        def tell(what: str, done: int, total: int, name: str = task.name) -> None:
-            print(f"{name} {done}/{total} {what}", flush=True)
-
-        data[task.name] = run_arms(
-            task, "trg", seeds=seeds, out=work / task.name, steps=steps, arms=ARMS, on_progress=tell
-        )
-    results = {
-        "data": data,
-        "sentences": [
-            f"{name}: {comparison['sentence']}"
-            for name, found in data.items()
-            for comparison in found["comparisons"]
-            if comparison["against"] == "kd" or comparison["arm"] == "kd_trg"
-        ],
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(results, indent=1) + "\n")
-    return results
+def said(results: dict[str, Any]) -> list[str]:
+    """What each arm adds to KD, and the whole against every other."""
+    return [
+        found["sentence"] for found in results["comparisons"] if found["against"] == "kd" or found["arm"] == "kd_trg"
+    ]

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.data.aspects import fit_attributes
-from kdfast.data.digits import CLASSES, digit_splits
-from kdfast.data.relabelled_digits import narrow_mlp
+from kdfast.data.digits import CLASSES, digit_splits, narrow_mlp, not_among
 from kdfast.data.task import Rows, Task
 
 # The digits of which a question is true: a closed loop, a vertical stroke, ...
@@ -40,16 +39,11 @@ def aspect_splits(seed: int) -> dict[str, Rows]:
     splits = digit_splits(seed, teacher=500, student=100, val=100)
     images, labels = splits["student"].tensors
     every, truth = splits["teacher"].tensors
-    others = ~(every.flatten(1).unsqueeze(1) == images.flatten(1)).all(-1).any(1)
+    others = not_among(every, images)
     answer = fit_attributes(every[others].flatten(1), attributes(every[others], truth[others]))
     answers = answer(images.flatten(1))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return {
-        "student": Rows(images, labels, answers, answers[order]),
-        "teacher": splits["teacher"],
-        "val": splits["val"],
-        "test": splits["test"],
-    }
+    return splits | {"student": Rows(images, labels, answers, answers[order])}
 
 
 def aspect_digits_task() -> Task:
@@ -58,8 +52,8 @@ def aspect_digits_task() -> Task:
         name="aspect_digits",
         title="handwritten digits (scikit-learn), 100 labels with answers to 16 questions (plain kd: a teacher with 500 labels)",
         splits=aspect_splits,
-        student=narrow_mlp,
-        teacher=narrow_mlp,
+        student=lambda: narrow_mlp(32),
+        teacher=lambda: narrow_mlp(32),
         classes=CLASSES,
         hints={"aspects": ASPECTS},
         columns=("answers", "answers of others"),

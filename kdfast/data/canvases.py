@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kdfast.data.digits import digit_splits
 from kdfast.data.task import Rows, Task
 from kdfast.metrics import mean_iou
+from kdfast.nn.blocks import conv_block
 from kdfast.nn.tokens import tokenize_feature_map, tokens_to_map
 
 SIZE, DIGIT = 32, 8
@@ -74,11 +75,11 @@ class SegmentationCNN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _convolution(1, 16)
-        self.low = nn.Sequential(nn.MaxPool2d(2), _convolution(16, 32))
-        self.high = nn.Sequential(nn.MaxPool2d(2), _convolution(32, 48), _convolution(48, 48))
+        self.stem = conv_block(1, 16)
+        self.low = nn.Sequential(nn.MaxPool2d(2), conv_block(16, 32))
+        self.high = nn.Sequential(nn.MaxPool2d(2), conv_block(32, 48), conv_block(48, 48))
         self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-        self.middle, self.last = _convolution(48 + 32, 24), _convolution(24 + 16, 16)
+        self.middle, self.last = conv_block(48 + 32, 24), conv_block(24 + 16, 16)
         self.head = nn.Conv2d(16, CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ class SegmentationViT(nn.Module):
         self.decoder = nn.Sequential(
             nn.ConvTranspose2d(width, 32, 2, stride=2), nn.BatchNorm2d(32), nn.ReLU(),
             nn.ConvTranspose2d(32, 16, 2, stride=2), nn.BatchNorm2d(16), nn.ReLU(),
-            _convolution(16, 16), nn.Conv2d(16, CLASSES, 1),
+            conv_block(16, 16), nn.Conv2d(16, CLASSES, 1),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,10 +126,6 @@ class _Blocks(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         return tokens_to_map(self.blocks(tokenize_feature_map(maps)), class_tokens=0)
-
-
-def _convolution(before: int, after: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
 
 
 def canvases_task() -> Task:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from kdfast.data.digits import CLASSES, digit_mlp, digit_splits
@@ -42,12 +41,12 @@ def few_label_splits(seed: int, *, per_class: int = 5, noise: float = 0.8) -> di
 
 
 def digit_few_task() -> Task:
-    """Ten classes; MLP 64-64-32 with one or two heads on 50 labels and 500 images; its teacher is right in about 3 of 4 cases."""
+    """Ten classes; MLP 64-32-32 with one or two heads on 50 labels and 500 images; its teacher is right in about 3 of 4 cases."""
     return Task(
         name="digit_few",
         title="handwritten digits (scikit-learn), 5 labels per class and 500 images without, a weak teacher",
         splits=few_label_splits,
-        student=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, CLASSES)),
+        student=lambda: digit_mlp(32),
         teacher=lambda: digit_mlp(64),
         classes=CLASSES,
         steps=800,
@@ -55,4 +54,4 @@ def digit_few_task() -> Task:
         teacher_steps=300,
         batch_size=50,
         threads=1,
-    )  # fmt: skip
+    )

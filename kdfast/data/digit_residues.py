@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from kdfast.data.digits import digit_mlp, digit_splits
+from kdfast.data.digits import digit_mlp, digit_splits, narrow_mlp, not_among
 from kdfast.data.task import Rows, Task
 
 
@@ -18,7 +18,7 @@ def residue_splits(seed: int, *, classes: int, labelled: int = 300) -> dict[str,
         images, digits = rows.tensors
         parts[name] = (images, digits % classes, digits)
     images, known, digits = parts["student"]
-    rest = ~(parts["teacher"][0].flatten(1).unsqueeze(1) == images.flatten(1)).all(-1).any(1)  # [900]
+    rest = not_among(parts["teacher"][0], images)  # [900]
     more = [tensor[rest] for tensor in parts["teacher"]]
     unknown = torch.full_like(more[1], -100)
     parts["student"] = (torch.cat((images, more[0])), torch.cat((known, unknown)), torch.cat((digits, more[2])))
@@ -32,9 +32,9 @@ def residue_task(classes: int = 2) -> Task:
         name="digit_parity" if classes == 2 else f"digit_residue_{classes}",
         title=f"handwritten digits (scikit-learn), {kind}; 300 labels for the student and 600 images without (plain kd reads only the 300)",
         splits=partial(residue_splits, classes=classes),
-        student=partial(digit_mlp, 8, 8, classes),
+        student=partial(narrow_mlp, 8, classes),
         teacher=partial(digit_mlp, 256, 64, classes),
-        layers={"embedding": ("embedding", "embedding")},
+        layers={"embedding": ("hidden", "embedding")},
         widths={"embedding": (8, 64)},
         classes=classes,
         steps=600,

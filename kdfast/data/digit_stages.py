@@ -9,15 +9,13 @@ from torch import nn
 
 from kdfast.data.digits import CLASSES, digit_splits
 from kdfast.data.task import Task
+from kdfast.nn.blocks import conv_block
 
 WIDTHS, TEACHER_WIDTHS = (8, 16, 32), (32, 64, 128)
 
 
 def _stage(before: int, after: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
-        nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(),
-    )  # fmt: skip
+    return nn.Sequential(*conv_block(before, after, stride), *conv_block(after, after))
 
 
 class StageNet(nn.Sequential):

@@ -51,17 +51,30 @@ def shifted(batch: tuple[torch.Tensor, ...], reach: int = 1) -> tuple[torch.Tens
     return padded[..., down : down + images.shape[-2], right : right + images.shape[-1]], *rest
 
 
-def digit_mlp(width: int, embedding: int | None = None, classes: int = CLASSES) -> nn.Sequential:
-    """64-width-embedding-classes, with named layers: logits [B, classes] of images [B, 1, 8, 8]; embedding=None is width."""
+def digit_mlp(
+    width: int, embedding: int | None = None, classes: int = CLASSES, *, pixels: int = 64
+) -> nn.Sequential:  # fmt: skip
+    """pixels-width-embedding-classes, with named layers: logits [B, classes] of images [B, 1, 8, 8]; embedding=None is width."""
     embedding = embedding or width
     return nn.Sequential(
         OrderedDict(
             flat=nn.Flatten(),
-            hidden=nn.Sequential(nn.Linear(64, width), nn.ReLU()),
+            hidden=nn.Sequential(nn.Linear(pixels, width), nn.ReLU()),
             embedding=nn.Sequential(nn.Linear(width, embedding), nn.ReLU()),
             head=nn.Linear(embedding, classes),
         )
     )
+
+
+def narrow_mlp(width: int, classes: int = CLASSES) -> nn.Sequential:
+    """64-width-classes, with the layers `flat`, `hidden` and `head`."""
+    hidden = nn.Sequential(nn.Linear(64, width), nn.ReLU())
+    return nn.Sequential(OrderedDict(flat=nn.Flatten(), hidden=hidden, head=nn.Linear(width, classes)))
+
+
+def not_among(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """[N] bool: which of `images` [N, ...] are none of `others` [M, ...], pixel for pixel."""
+    return ~(images.flatten(1).unsqueeze(1) == others.flatten(1)).all(-1).any(1)
 
 
 def digits_task() -> Task:
@@ -96,11 +109,7 @@ def noisy_digits_task() -> Task:
         name="noisy_digits",
         title="handwritten digits (scikit-learn) with 10 % wrong training labels, two networks trained together",
         splits=noisy_splits,
-        student=lambda: nn.Sequential(
-            OrderedDict(
-                flat=nn.Flatten(), hidden=nn.Sequential(nn.Linear(64, 12), nn.ReLU()), head=nn.Linear(12, CLASSES)
-            )
-        ),
+        student=lambda: narrow_mlp(12),
         teacher=lambda: digit_mlp(256),
         peers=True,
         score_both=False,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import numpy as np
 import torch
-from torch import nn
 
-from kdfast.data.digits import CLASSES, digit_mlp, digit_splits
+from kdfast.data.digits import CLASSES, digit_mlp, digit_splits, narrow_mlp
 from kdfast.data.task import Rows, Task
 
 
@@ -25,19 +22,13 @@ def relabelled_splits(seed: int, *, share: float = 0.2) -> dict[str, Rows]:
     return splits | {"teacher": rows, "student": rows}
 
 
-def narrow_mlp() -> nn.Sequential:
-    """64-32-10."""
-    hidden = nn.Sequential(nn.Linear(64, 32), nn.ReLU())
-    return nn.Sequential(OrderedDict(flat=nn.Flatten(), hidden=hidden, head=nn.Linear(32, CLASSES)))
-
-
 def relabelled_digits_task() -> Task:
     """Teacher 64-256-256-10 and student 64-32-10 on the same 900 images."""
     return Task(
         name="relabelled_digits",
         title="handwritten digits (scikit-learn), 900 images, 20 % of their labels random (ce and kd learn from all of them)",
         splits=relabelled_splits,
-        student=narrow_mlp,
+        student=lambda: narrow_mlp(32),
         teacher=lambda: digit_mlp(256),
         classes=CLASSES,
         steps=300,

@@ -13,6 +13,7 @@ attributes are optional, and the base class `Method` holds their defaults; a pla
     start           called before the first step of `fit` with a Setup (class means, subclass directions, scores)
     prepare         batch -> batch, before either model sees it (mixing, views, noise and time step, label codes)
     after_step      called after each optimizer step (weight averaging, queues)
+    after_epoch     called after each epoch with a Setup, before the evaluation (a search on validation data, the best epoch kept)
     deploy          after training: the model to use, if it is more than the student (heads combined on validation data)
 
 A file `kdfast/methods/<slug>.py` that defines a class `Method` runs by name: `Distiller(student, teacher, "<slug>")`.
@@ -66,20 +67,26 @@ class Setup:
     """What a method may look at before and after training.
 
     student, teacher: the models. sweep: "train" or "val" -> a Context for each batch of it, once through, in order, without
-    gradient, both models in eval mode, batches as they come (`prepare` is not called). has_val: whether there is a "val".
+    gradient, both models in eval mode, batches as they come (`prepare` is not called), without the loader's augmentation unless
+    plain=False. has_val: whether there is a "val".
     capture: {name: dotted path in the student}. forward: (model, batch) -> its output.
     learning_rate: the present one of the first optimizer, once training runs.
-    resumed: True when training goes on from a checkpoint: buffers hold what was saved, there is nothing to compute again.
+    step: optimizer steps done. resumed: True when training goes on from a checkpoint: buffers hold what was saved, there is nothing
+    to compute again.
     """
 
     student: nn.Module
     teacher: nn.Module | None
-    sweep: Callable[[str], Iterator[Context]]
+    sweep: Callable[..., Iterator[Context]]
     has_val: bool = False
     capture: Mapping[str, str] = field(default_factory=dict)
     forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch)
     learning_rate: Callable[[], float] = lambda: 0.0
-    resumed: bool = False
+    step: int = 0
+
+    @property
+    def resumed(self) -> bool:
+        return self.step > 0
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -129,6 +136,9 @@ class Method(nn.Module):
 
     def after_step(self, student: nn.Module, teacher: nn.Module | None, step: int) -> None:
         """After optimizer step number `step` (the first is 1)."""
+
+    def after_epoch(self, setup: Setup) -> None:
+        """After each epoch of `fit`, before its evaluation and checkpoint."""
 
     def start(self, setup: Setup) -> None:
         """Before the first step of `fit`, and again when it goes on from a checkpoint."""

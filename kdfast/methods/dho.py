@@ -5,8 +5,7 @@ Hwang; 2025; https://arxiv.org/abs/2505.07675
 Based on: the authors' code, github.com/erjui/DHO at 846de75: train_others.py, train_imgnet.py, train_imgnet_semi.py.
 Differs from the paper: it weighs lambda L_ce + (1 - lambda) L_kd, lambda = 0.5, as the few-shot scripts and the defaults here do; the
     low-shot ImageNet script adds the plain terms (ce_weight = kd_weight = 1).
-Differs from the code: train_imgnet.py searches (alpha, beta) on the test set; here it is done on validation data. The search is made
-    once, after training, where the scripts repeat it after each epoch and keep the best checkpoint with its pair. Labelled and
+Differs from the code: train_imgnet.py searches (alpha, beta) on the test set; here it is done on validation data. Labelled and
     unlabelled images go through the student in one batch, as in the low-shot script (with batch norm that is not two passes).
 Symbols: f [B, D] feature; ce, kd [B, C] logits of the two heads; t [B, C] the teacher's; l, u labelled and unlabelled rows; y labels.
 
@@ -19,6 +18,7 @@ The head of the labels never sees an unlabelled image: ce_u is not used.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast._checks import check_int, check_labels, check_number, check_pair
+from kdfast._checks import check_choice, check_int, check_labels, check_number, check_pair
 from kdfast._library import compute_dtype
 from kdfast.losses import LossOutput, cross_entropy_loss, kd_loss
 from kdfast.methods._protocol import Context, Setup
@@ -35,6 +35,7 @@ from kdfast.nn import DualHead, DualOutput, dual_heads, replace_head
 
 ALPHAS = tuple(i / 20 for i in range(21))
 BETAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)
+SEARCHES = ("epoch", "end", "none")
 
 
 # ---------------------------------------------------------------- the loss
@@ -191,25 +192,30 @@ def vision_language_logits(images: Tensor, classes: Tensor, *, scale: float = 10
 class Method(MethodBase):
     """Batches of labelled rows and of unlabelled ones, whose label is `ignore_index`; the teacher predicts on both.
 
-    The student gets a second head. `deploy` searches (alpha, beta) on the validation data and gives the student with both heads,
-    whose output is log P.
+    The student gets a second head. `deploy` gives the student with both heads, whose output is log P.
 
     Args:
         heads: 2, or 1: both losses on the student's own head, to compare with. normalize: `VotingHeads`.
-        search: False keeps the given alpha and beta, which also hold while training. head: dotted path of the student's head, default
-            its last nn.Linear. Others: `dho_loss`.
+        search: of (alpha, beta) on the validation data. "epoch": after each epoch (`fit` with `eval_loader`); the student of the first
+            epoch with the most right rows is kept, with its pair. "end": once, in `deploy`, and so when `fit` had no validation
+            data. "none" keeps the given alpha and beta, which else hold until the first search.
+        head: dotted path of the student's head, default its last nn.Linear. Others: `dho_loss`.
     """
+
+    best_accuracy: Tensor
 
     def __init__(
         self, *, temperature: float = 2.0, ce_weight: float = 0.5, kd_weight: float = 0.5, heads: int = 2, normalize: bool = False,
-        search: bool = True, alpha: float = 0.5, beta: float = 0.5, head: str | None = None, ignore_index: int = -100,
+        search: str = "epoch", alpha: float = 0.5, beta: float = 0.5, head: str | None = None, ignore_index: int = -100,
     ) -> None:  # fmt: skip
         super().__init__()
         if check_int("heads", heads, low=1) > 2:
             raise ValueError(f"heads: expected 1 or 2, got {heads}")
         for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
             check_number(name, value, low=0.0)
-        self.heads, self.head, self.search = heads, head, search
+        self.heads, self.head, self.search = heads, head, check_choice("search", search, SEARCHES)
+        self.best = nn.ModuleDict()  # the student of the best epoch
+        self.register_buffer("best_accuracy", torch.zeros(()))
         self.voting: dict[str, Any] = {"alpha": alpha, "beta": beta, "normalize": normalize}
         VotingHeads(nn.Linear(1, 1), **self.voting)  # a wrong number is refused now
         self.options: dict[str, Any] = {
@@ -217,9 +223,13 @@ class Method(MethodBase):
         }  # fmt: skip
 
     def adapt(self, student: nn.Module) -> nn.Module:
-        if self.heads == 1 or dual_heads(student):
+        if self.heads == 1:
             return student
-        return replace_head(student, lambda head: VotingHeads(head, **self.voting), self.head)
+        if not dual_heads(student):
+            student = replace_head(student, lambda head: VotingHeads(head, **self.voting), self.head)
+        if self.search == "epoch":
+            self.best = nn.ModuleDict({"student": copy.deepcopy(student)}).requires_grad_(False)
+        return student
 
     def forward(self, context: Context) -> LossOutput:
         assert context.labels is not None
@@ -227,18 +237,33 @@ class Method(MethodBase):
         ce, kd = out if isinstance(out, DualOutput) else (out, out)
         return dho_loss(ce, kd, context.labels, context.teacher, **self.options)
 
+    def after_epoch(self, setup: Setup) -> None:
+        if not self.best or not setup.has_val:
+            return
+        accuracy = self._search(setup)
+        if accuracy > self.best_accuracy:
+            self.best_accuracy.fill_(accuracy)
+            self.best["student"].load_state_dict(setup.student.state_dict())
+
     def deploy(self, setup: Setup) -> nn.Module:
-        heads = dual_heads(setup.student)
-        if not heads or not self.search:
+        if self.heads == 1 or self.search == "none":
             return setup.student
-        heads[0].both = True
+        if self.best and self.best_accuracy > 0:
+            return self.best["student"]
+        self._search(setup)
+        return setup.student
+
+    def _search(self, setup: Setup) -> float:
+        """Gives the student's heads the best pair on the validation data; its accuracy in percent."""
+        heads: Any = dual_heads(setup.student)[0]
+        heads.both = True
         try:
             seen = [(*context.student, context.labels) for context in setup.sweep("val")]
         finally:
-            heads[0].both = False
-        alpha, beta, _ = dual_head_search(
+            heads.both = False
+        alpha, beta, accuracy = dual_head_search(
             *(torch.cat(column) for column in zip(*seen)), ignore_index=self.options["ignore_index"]
         )
-        heads[0].alpha.fill_(alpha)  # type: ignore[operator]
-        heads[0].beta.fill_(beta)  # type: ignore[operator]
-        return setup.student
+        heads.alpha.fill_(alpha)
+        heads.beta.fill_(beta)
+        return accuracy

@@ -4,7 +4,7 @@ Paper: Distribution Shift Matters for Knowledge Distillation with Webly Collecte
 https://arxiv.org/abs/2307.11469
 Based on: the authors' code, github.com/tangjialiang97/KD3 at 91e2d4c: KDDD/train_student.py, helper/loops.py, helper/util.py,
     dataset/I32.py, dataset/augmentation.py, distiller_zoo.
-Differs from the code: selection looks at the images as they are, there at a random view of each; rows that were not selected are masked out
+Differs from the code: selection looks at the images as they are, there at a random view of each (view="augmented"); rows that were not selected are masked out
     of their batch, where the code builds a new loader, so that batches are smaller instead of fewer; the contrastive term is a
     log-sum-exp (the code's exponentials overflow at small t); both normalisations have an eps.
 Symbols: F_s, F_t [B, C, H, W] last maps, p_s, p_t their means over space; R the transfer module, h_t the teacher's classifier, frozen;
@@ -20,6 +20,7 @@ No labels, cross-entropy or KL. Inference: h_t(mean R(F_s)); the student's own c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast._checks import check_int, check_number
+from kdfast._checks import check_choice, check_int, check_number
 from kdfast._library import compute_dtype
 from kdfast.data.confidence import adaptive_confidence, teacher_share
 from kdfast.data.mixing import draw_mix_distribution, mix_distribution
@@ -64,10 +65,13 @@ def weighted_feature_loss(
 def nt_xent_loss(z: Tensor, other: Tensor, *, temperature: float = 0.3, keep: Tensor | None = None) -> Tensor:
     """l_k = -S_kk' + log sum_{j != k} exp(S_kj), S the cosines of all 2B rows over t; the mean over the rows.
 
-    Args: z, other: [B, D], two views. keep: rows [K] (indices) that take part. One row gives exactly 0.
+    Args: z, other: [B, D], two views. keep: rows [K] (indices) that take part. One row gives exactly 0, with a warning where it is
+        the whole batch: there is nothing to contrast it with.
     """
     if z.shape != other.shape or z.dim() != 2:
         raise ValueError(f"other: expected [B, D] as z {tuple(z.shape)}, got {tuple(other.shape)}")
+    if keep is None and len(z) == 1:
+        warnings.warn("z: one row has nothing to be contrasted with, the loss is 0", stacklevel=2)
     z, other = (z, other) if keep is None else (z[keep], other[keep])
     if not len(z):
         return (z.sum() + other.sum()) * 0.0
@@ -98,7 +102,7 @@ class Method(MethodBase):
     Args:
         widths: {"tokens": (student, teacher)}. epochs: of the whole run, to turn steps into epochs (selection at the start of each);
             max_epoch, scale of `teacher_share` are in the same epochs, the paper's 120 and 160 of 240. cutoff: None keeps all.
-        mix_weight: lambda. temperature: t. alpha: of the Beta. teacher_head: path of h_t, None: the last linear layer.
+        view: of the images in the selection, "plain" or "augmented", as the training loader makes them. mix_weight: lambda. temperature: t. alpha: of the Beta. teacher_head: path of h_t, None: the last linear layer.
     """
 
     captures = ("tokens",)
@@ -107,7 +111,7 @@ class Method(MethodBase):
     def __init__(
         self, widths: Mapping[str, tuple[int, int]], *, epochs: int = 240, max_epoch: int = 120, scale: int = 160,
         cutoff: float | None = 0.95, mix_weight: float = 0.001, temperature: float = 0.3, alpha: float = 0.1, factor: int = 2,
-        embedding: int = 128, teacher_head: str | None = None,
+        embedding: int = 128, view: str = "plain", teacher_head: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         student, teacher = widths["tokens"]
@@ -120,9 +124,9 @@ class Method(MethodBase):
             check_number("alpha", alpha, low=0.0, open_low=True),
         )
         self.temperature = check_number("temperature", temperature, low=0.0, open_low=True)
-        self.teacher_head = teacher_head
+        self.teacher_head, self.view = teacher_head, check_choice("view", view, ("plain", "augmented"))
         self.classifier: tuple[nn.Module, ...] = ()
-        self.sweep: Callable[[str], Any] | None = None
+        self.sweep: Callable[..., Any] | None = None
         self.selected: Tensor
         self.epoch: Tensor
         self.height: Tensor
@@ -147,7 +151,7 @@ class Method(MethodBase):
         teacher, student, index = [], [], []
         training = self.transfer.training
         self.transfer.eval()
-        for context in self.sweep("train"):
+        for context in self.sweep("train", plain=self.view == "plain"):
             s, _ = match_height(context.student_features["tokens"], context.teacher_features["tokens"])
             teacher.append(context.teacher)
             student.append(self.logits(self.transfer(s)))

@@ -9,7 +9,6 @@ Based on: the abstract and published summaries, which quote the two softened tar
 Reconstructed, and therefore arguments: which branch teaches which (`teacher`), the weights, tau^2, the feature (`feature`), alpha's
     size and growth, where earlier predictions come from (`memory`).
     The summary writes the joint target with a sum over the transformations; here: for each transformed copy, averaged in the loss.
-Not here: keeping only the k greatest earlier predictions of each image. "snapshot" needs no table at all.
 Symbols: C classes, M = 4 quarter turns, L branches; x [B] images, their turns interleaved, row i M + j; joint label y M + j; z [B, C] logits
     of the unturned images; q_l [B M, C M] and f_l [B M, D] of branch l; p-, q-_l predictions of the previous epoch; sg() stop-gradient.
 
@@ -34,15 +33,16 @@ from torch import Tensor, nn
 
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_labels, check_number
 from kdfast._library import compute_dtype, readable
+from kdfast.data.predictions import PredictionMemory
 from kdfast.data.rotations import rotate4
 from kdfast.losses import LossOutput, cross_entropy_loss, kd_loss
 from kdfast.losses.divergence import reduce_rows
 from kdfast.methods._protocol import Context, Setup, call_model, epoch_at
 from kdfast.methods._protocol import Method as MethodBase
-from kdfast.nn import capture_outputs
+from kdfast.nn import capture_outputs, conv_block
 
 TEACHERS = ("deepest", "next", "main")
-MEMORIES = ("snapshot", "table")
+MEMORIES = ("snapshot", "table", "topk")
 TURNS = 4
 
 
@@ -245,12 +245,6 @@ def _feature_distance(
 
 
 # ---------------------------------------------------------------- the branches, and by name
-def conv_block(before: int, after: int, stride: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
-    )  # fmt: skip
-
-
 class Branch(nn.Module):
     """The stages that follow, of the backbone's kind of block, then the mean over positions and a Linear: (logits, pooled, map).
 
@@ -280,8 +274,8 @@ class Method(MethodBase):
     Args:
         widths: {"stage1": (channels, anything), ...}. num_classes: C. block: (in, out, stride) -> the backbone's kind of block.
         memory: "snapshot", a frozen copy of student and branches from the end of the previous epoch predicts; "table" (with
-            `samples`, their number), stored predictions, for batches (images, labels, index) or with "index". A sample that was
-            not seen yet has its hard label.
+            `samples`, their number), stored predictions, for batches (images, labels, index) or with "index"; "topk", of each the
+            `kept` greatest (`kdfast.data.predictions`). A sample that was not seen yet has its hard label.
         epochs: the run is counted as so many epochs, epoch = floor(step epochs / total_steps), or `steps_per_epoch`. alpha, growth:
             "linear", `lsskd_alpha`, or "constant", from the second epoch on. previous_temperature: of the earlier predictions.
         branches: False leaves the self-distillation of the last classifier alone. feature: "pooled" or "map".
@@ -290,18 +284,17 @@ class Method(MethodBase):
 
     captures = ("stage1", "stage2", "stage3")
     uses_teacher = False
-    table: Tensor
-    branch_table: Tensor
-    seen: Tensor
 
     def __init__(
         self, widths: Mapping[str, tuple[int, int]], *, num_classes: int, alpha: float = 0.8, growth: str = "linear",
         temperature: float = 3.0, kl_weight: float = 1.0, feature_weight: float = 1e-2, teacher: str = "deepest",
-        memory: str = "snapshot", samples: int = 0, epochs: int = 30, steps_per_epoch: int | None = None,
+        memory: str = "snapshot", samples: int = 0, kept: int = 20, epochs: int = 30, steps_per_epoch: int | None = None,
         previous_temperature: float = 1.0, branches: bool = True, feature: str = "pooled",
         block: Callable[[int, int, int], nn.Module] = conv_block, ignore_index: int = -100,
     ) -> None:  # fmt: skip
         super().__init__()
+        for name, weight in (("kl_weight", kl_weight), ("feature_weight", feature_weight)):
+            check_number(name, weight, low=0.0)
         for name, value, choices in (
             ("growth", growth, ("linear", "constant")), ("teacher", teacher, TEACHERS), ("memory", memory, MEMORIES),
             ("feature", feature, ("pooled", "map")),
@@ -322,11 +315,11 @@ class Method(MethodBase):
         self.branches = nn.ModuleList(
             Branch(channels[level:], outputs, block) for level in range(len(channels)) if branches
         )
-        if memory == "table":
-            check_int("samples", samples, low=1)
-            self.register_buffer("table", torch.zeros(samples, num_classes))
-            self.register_buffer("branch_table", torch.zeros(samples, len(self.branches), TURNS, outputs))
-            self.register_buffer("seen", torch.zeros(samples, dtype=torch.bool))
+        self.tables = nn.ModuleList()  # of the last classifier, then of each branch
+        if memory != "snapshot":
+            size: dict[str, Any] = {"samples": samples, "kept": kept if memory == "topk" else None}
+            self.tables.append(PredictionMemory(classes=num_classes, **size))
+            self.tables.extend(PredictionMemory(classes=outputs, copies=TURNS, **size) for _ in self.branches)
         self.previous = nn.ModuleDict()  # the network of the previous epoch
         self.paths = {name: name for name in self.captures}
         self.forward_student: Callable[[nn.Module, Any], Any] = call_model
@@ -374,7 +367,7 @@ class Method(MethodBase):
         z, found = self.outputs(context.student, context.student_features, self.branches)
         q = [one[0] for one in found]
         before: tuple[Tensor | None, list[Tensor] | None] = (None, None)
-        if self.memory == "table":
+        if len(self.tables):
             before = self._recall(context.batch, labels, z, q)
         elif alpha > 0:
             before = self._predict(context.batch)
@@ -397,23 +390,17 @@ class Method(MethodBase):
     def _probs(self, logits: Tensor) -> Tensor:
         return torch.softmax(logits.detach().to(compute_dtype(logits)) / self.previous_temperature, -1)
 
-    @torch.no_grad()
     def _recall(self, batch: Any, labels: Tensor, z: Tensor, q: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Reads the stored predictions of this batch, then stores the present ones."""
+        """The stored predictions of this batch; the present ones take their place."""
         index = batch["index"] if isinstance(batch, Mapping) else batch[2]
-        ignore = self.options["ignore_index"]
-        seen, hard = self.seen[index], torch.where(labels == ignore, 0, labels)
-        own = torch.where(seen[:, None], self.table[index].to(z), F.one_hot(hard, self.classes).to(z))
-        self.table[index] = self._probs(z).to(self.table.dtype)
-        self.seen[index] = True
-        turned = F.one_hot(joint_labels(hard, ignore_index=-1), self.classes * TURNS).to(z)  # [B M, C M]
-        old = []
-        for level, logits in enumerate(q):
-            stored = self.branch_table[index, level].flatten(0, 1).to(z)
-            old.append(torch.where(seen.repeat_interleave(TURNS)[:, None], stored, turned))
-            fresh = self._probs(logits).to(self.branch_table.dtype).unflatten(0, (-1, TURNS))
-            self.branch_table[index, level] = fresh
-        return own, old
+        hard = torch.where(labels == self.options["ignore_index"], 0, labels)
+        targets = [hard, *[joint_labels(hard, ignore_index=-1)] * len(q)]
+        tables: Any = self.tables
+        first, *others = (
+            table.exchange(index, self._probs(logits), target)
+            for table, logits, target in zip(tables, (z, *q), targets)
+        )
+        return first, others
 
     def after_step(self, student: nn.Module, teacher: nn.Module | None, step: int) -> None:
         if self.previous and self.epoch(step) != self.epoch(step - 1):

@@ -21,6 +21,7 @@ KL_T(a <- b) = T^2 KL(softmax(b/T) || softmax(a/T)), a mean over samples (and pi
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number
+from kdfast._library import readable
 from kdfast.data.two_view_digits import networks
 from kdfast.losses import LossOutput, cross_entropy_loss, divergence_loss, uniform_kl_loss, usage_cv_loss
 from kdfast.methods._protocol import Context, Setup, epoch_at
@@ -135,12 +137,15 @@ def mst_loss(
 
 
 def balance_loss(probs: Tensor, balance: str | None, *, batchmean_quirk: bool = True) -> Tensor:
-    """LB of gate probabilities [B, E]; a mean probability of 0 is clamped at the smallest normal number."""
+    """LB of gate probabilities [B, E]; a mean probability of 0 is clamped at the smallest normal number, with a warning on the CPU."""
     if balance is None:
         return probs.new_zeros(())
     if balance == "cv":
         return usage_cv_loss(probs)
-    mean = probs.mean(0).clamp_min(torch.finfo(probs.dtype).tiny)
+    mean, tiny = probs.mean(0), torch.finfo(probs.dtype).tiny
+    if readable(mean) and bool((mean < tiny).any()):
+        warnings.warn("gate_logits: a teacher has probability 0 everywhere; its logarithm is clamped", stacklevel=2)
+    mean = mean.clamp_min(tiny)
     return uniform_kl_loss(mean, divide_by_experts=batchmean_quirk)
 
 
@@ -296,8 +301,6 @@ class Method(MethodBase):
             "balance": balance, "w_task": w_task, "gate_gradient": gate_gradient, "batchmean_quirk": batchmean_quirk,
             "ignore_index": ignore_index, "temperature": temperature,
         }  # fmt: skip
-        self.steps: Tensor
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     @staticmethod
     def students(
@@ -319,10 +322,9 @@ class Method(MethodBase):
         return 1 + sum(step >= end for end in self.ends)
 
     def start(self, setup: Setup) -> None:
-        self._set(setup.student, int(self.steps))
+        self._set(setup.student, setup.step)
 
     def after_step(self, student: nn.Module, teacher: nn.Module | None, step: int) -> None:
-        self.steps.fill_(step)
         self._set(student, step)
 
     def _set(self, student: nn.Module, step: int) -> None:

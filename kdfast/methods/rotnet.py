@@ -29,6 +29,7 @@ from kdfast.data.rotations import rotate4, rotation_labels
 from kdfast.losses import LossOutput, cross_entropy_loss
 from kdfast.methods._protocol import Context, Setup
 from kdfast.methods._protocol import Method as MethodBase
+from kdfast.nn import conv_block
 
 PROBES = ("linear", "mlp", "conv")
 # (epochs up to here, rate) of the CIFAR-10 recipe: 200 epochs for the turns, 100 for the probe, SGD 0.9, Nesterov, decay 5e-4
@@ -73,19 +74,13 @@ def probe_head(kind: str, channels: int, classes: int, *, width: int = 192, grid
     check_choice("kind", kind, PROBES)
     if kind == "conv":
         sizes = ((channels, width, 3), (width, width, 1), (width, width, 1))
-        return nn.Sequential(*(_convolution(*size) for size in sizes), *_mean(), nn.Linear(width, classes))
+        return nn.Sequential(*(conv_block(a, b, kernel=k) for a, b, k in sizes), *_mean(), nn.Linear(width, classes))
     inputs = channels * grid * grid
     pooled = (nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.BatchNorm1d(inputs, affine=False))
     if kind == "linear":
         return nn.Sequential(*pooled, nn.Linear(inputs, classes))
     hidden = [nn.Sequential(nn.Linear(a, width), nn.BatchNorm1d(width), nn.ReLU()) for a in (inputs, width)]
     return nn.Sequential(*pooled, *hidden, nn.Linear(width, classes))
-
-
-def _convolution(before: int, after: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(after), nn.ReLU()
-    )
 
 
 def _mean() -> tuple[nn.Module, nn.Module]:
@@ -148,7 +143,7 @@ def network_in_network(channels: int = 3, stages: int = 4) -> tuple[list[nn.Modu
     for stage in range(stages):
         sizes = (channels, 192, 160, 96) if stage == 0 else (96 if stage == 1 else 192, 192, 192, 192)
         kernel = 5 if stage < 2 else 3
-        layers: list[nn.Module] = [_convolution(a, b, k) for a, b, k in zip(sizes, sizes[1:], (kernel, 1, 1))]
+        layers: list[nn.Module] = [conv_block(a, b, kernel=k) for a, b, k in zip(sizes, sizes[1:], (kernel, 1, 1))]
         # Pools open the next block, so that the map of a block is the one before them.
         pool = {1: nn.MaxPool2d(3, 2, 1), 2: nn.AvgPool2d(3, 2, 1)}.get(stage)
         blocks.append(nn.Sequential(*([pool] if pool else []), *layers))
@@ -157,8 +152,8 @@ def network_in_network(channels: int = 3, stages: int = 4) -> tuple[list[nn.Modu
 
 def small_blocks(channels: int = 1) -> tuple[list[nn.Module], list[int]]:
     """(blocks, widths) for images of 8x8: 3x3 convolutions of 32, 64 and, after pooling, 64 channels."""
-    third = nn.Sequential(nn.MaxPool2d(2), _convolution(64, 64, 3))
-    return [_convolution(channels, 32, 3), _convolution(32, 64, 3), third], [32, 64, 64]
+    third = nn.Sequential(nn.MaxPool2d(2), conv_block(64, 64))
+    return [conv_block(channels, 32), conv_block(32, 64), third], [32, 64, 64]
 
 
 # ---------------------------------------------------------------- by name
@@ -174,9 +169,7 @@ class Method(MethodBase):
     def __init__(self, *, pretext_steps: int = 300, ignore_index: int = -100) -> None:
         super().__init__()
         self.pretext_steps, self.ignore_index = check_int("pretext_steps", pretext_steps), ignore_index
-        self.steps: Tensor
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.done = 0  # the same number, read without a device synchronisation
+        self.done = 0  # optimizer steps
 
     @staticmethod
     def students(
@@ -194,12 +187,11 @@ class Method(MethodBase):
         }
 
     def start(self, setup: Setup) -> None:
-        self.done = int(self.steps)
+        self.done = setup.step
         self._stage(setup.student)
 
     def after_step(self, student: nn.Module, teacher: nn.Module | None, step: int) -> None:
         self.done = step
-        self.steps.fill_(step)
         self._stage(student)
 
     def _stage(self, student: nn.Module) -> None:

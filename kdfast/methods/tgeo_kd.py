@@ -39,6 +39,7 @@ from kdfast.losses import LossOutput, cross_entropy_loss
 from kdfast.losses.divergence import reduce_rows
 from kdfast.methods._protocol import Context, Setup
 from kdfast.methods._protocol import Method as MethodBase
+from kdfast.nn import evaluating
 from kdfast.ops import divergence
 
 STATES = {"full": 9, "probs": 4, "edges": 3, "angles": 2}  # numbers per class
@@ -328,14 +329,9 @@ class Method(MethodBase):
         model, learning_rate, batches = self.upper
         val_batch, val_labels = batches[context.step // self.every % len(batches)]
         parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        with evaluating(model):
             return one_step_hypergradient(
                 lambda p, batch: functional_call(model, p, (batch,)), parameters, context.batch, context.teacher, context.labels,
                 alpha, val_batch, val_labels, eta=learning_rate() if self.eta is None else self.eta, product=self.product,
                 **self.options,
             )  # fmt: skip
-        finally:
-            for module, mode in modes.items():
-                module.training = mode

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast._checks import check_int
+from kdfast.nn.blocks import conv_block
 from kdfast.nn.capture import capture_outputs
 
 
@@ -21,9 +22,7 @@ class TransferModule(nn.Module):
             raise ValueError(f"factor: expected a divisor of the teacher's {teacher_channels} channels, got {factor}")
         middle = teacher_channels // factor
         sizes = ((student_channels, middle, 1), (middle, middle, 3), (middle, teacher_channels, 1))
-        self.layers = nn.Sequential(*(
-            nn.Sequential(nn.Conv2d(a, b, k, padding=k // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU()) for a, b, k in sizes
-        ))  # fmt: skip
+        self.layers = nn.Sequential(*(conv_block(a, b, kernel=k) for a, b, k in sizes))
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.layers(maps)

@@ -24,6 +24,7 @@ from kdfast.losses import LossOutput
 from kdfast.methods import Context, Setup, load
 from kdfast.methods._protocol import call_model
 from kdfast.metrics import accuracy
+from kdfast.nn import evaluating
 from kdfast.train import checkpoint
 from kdfast.train.capture import capture_outputs, split_captures
 from kdfast.train.history import History
@@ -188,8 +189,9 @@ class Distiller:
             self.resume()
         if getattr(loader, "persistent_workers", False):
             raise ValueError("loader: persistent_workers carry random state that no checkpoint holds; set it to False")
+        whole = loader
         if hasattr(self.method, "start"):
-            self.method.start(self._setup(loader, eval_loader))
+            self.method.start(self._setup(whole, eval_loader))
         loader = self._shard(loader, shuffled=True)
         sized = not isinstance(loader.dataset, IterableDataset)
         self.total_steps = epochs * math.ceil(len(loader) / self.accumulate) if sized else 0
@@ -201,6 +203,8 @@ class Distiller:
         with self._progress() as advance:
             while self.epoch < epochs:
                 self._train_epoch(loader, advance)
+                if hasattr(self.method, "after_epoch"):
+                    self.method.after_epoch(self._setup(whole, eval_loader))
                 if eval_loader is not None:
                     self._log({f"eval_{name}": value for name, value in self.evaluate(eval_loader).items()})
                 self.epoch, self.batch = self.epoch + 1, 0
@@ -215,19 +219,18 @@ class Distiller:
     def evaluate(self, loader: DataLoader, model: nn.Module | None = None) -> dict[str, float]:
         """The metrics of the student (or another model) over a loader, all processes together; training mode is restored."""
         model = model or self.student
-        modes = {module: module.training for module in model.modules()}  # a frozen part may be in eval of its own
-        model.eval()
         predictions, labels = [], []
-        for batch in self._shard(loader, shuffled=False):
-            with self.accelerator.autocast():
-                output = (self.teacher_forward if model is self.teacher else self.forward)(model, batch)
-            if labels_of(batch) is None:
-                raise ValueError("loader: expected batches with labels to compare predictions with, got one without")
-            found = self.accelerator.gather_for_metrics((self.predict(output), labels_of(batch)))
-            predictions.append(found[0].cpu())
-            labels.append(found[1].cpu())
-        for module, mode in modes.items():
-            module.training = mode
+        with evaluating(model):
+            for batch in self._shard(loader, shuffled=False):
+                with self.accelerator.autocast():
+                    output = (self.teacher_forward if model is self.teacher else self.forward)(model, batch)
+                if labels_of(batch) is None:
+                    raise ValueError(
+                        "loader: expected batches with labels to compare predictions with, got one without"
+                    )
+                found = self.accelerator.gather_for_metrics((self.predict(output), labels_of(batch)))
+                predictions.append(found[0].cpu())
+                labels.append(found[1].cpu())
         if not predictions:
             raise ValueError("loader: expected at least one batch to evaluate on, got none")
         if len({p.shape[1:] for p in predictions}) > 1:  # sequences padded batch by batch
@@ -343,19 +346,19 @@ class Distiller:
     def _setup(self, loader: DataLoader | None, eval_loader: DataLoader | None) -> Setup:
         loaders = {"train": loader, "val": eval_loader}
 
-        def sweep(split: str) -> Iterator[Context]:
+        def sweep(split: str, plain: bool = True) -> Iterator[Context]:
             chosen = loaders[split]
             if chosen is None:
                 raise ValueError(f"eval_loader, loader: the method reads the {split} data here, got None")
             # the data once, in order, whole and as it is: a training loader may draw rows twice, leave some out, augment
-            collate = getattr(chosen.collate_fn, "plain", chosen.collate_fn)
+            collate = getattr(chosen.collate_fn, "plain", chosen.collate_fn) if plain else chosen.collate_fn
             batches = DataLoader(chosen.dataset, chosen.batch_size, collate_fn=collate)
             yield from self._contexts(batches)
 
         net = self.accelerator.unwrap_model(self.net)
         return Setup(
             self.student, self.teacher, sweep, eval_loader is not None, net.captures[0], self.forward,
-            learning_rate=lambda: self._optimizers[0].param_groups[0]["lr"], resumed=self.step > 0,
+            learning_rate=lambda: self._optimizers[0].param_groups[0]["lr"], step=self.step,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -369,13 +372,9 @@ class Distiller:
             batch = send_to_device(batch, self.accelerator.device)
             context = Context(None, None, labels_of(batch), batch, step=self.step, total_steps=self.total_steps)
             for name, model, paths, forward in networks:
-                modes = {module: module.training for module in model.modules()}
-                model.eval()
-                with self.accelerator.autocast(), capture_outputs(model, paths) as features:
+                with evaluating(model), self.accelerator.autocast(), capture_outputs(model, paths) as features:
                     setattr(context, name, forward(model, batch))
                 setattr(context, f"{name}_features", features)
-                for module, mode in modes.items():
-                    module.training = mode
             yield context
 
     def _count_labels(self, batch: Batch) -> Any:

@@ -120,7 +120,7 @@ def test_bad_input():
             dual_head_search(ce, kd, y, **options)
     with pytest.raises(ValueError, match="at least one labelled row"):
         dual_head_search(ce[:0], kd[:0], y[:0])
-    for options in ({"heads": 3}, {"alpha": 2.0}, {"beta": 0.0}, {"kd_weight": -1.0}):
+    for options in ({"heads": 3}, {"search": "test"}, {"alpha": 2.0}, {"beta": 0.0}, {"kd_weight": -1.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             methods.load("dho")(**options)
 
@@ -174,7 +174,7 @@ def test_by_name_searches_on_validation_and_saves_both_heads(tmp_path):
 
     torch.manual_seed(0)
     student, teacher = (nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2))
-    run = Distiller(student, teacher, "dho", progress=False, out=tmp_path)
+    run = Distiller(student, teacher, "dho", options={"search": "end"}, progress=False, out=tmp_path)
     x = torch.randn(60, 3)
     y = teacher(x).argmax(-1)
     mixed = torch.where(torch.arange(60) < 20, y, -100)
@@ -191,3 +191,37 @@ def test_by_name_searches_on_validation_and_saves_both_heads(tmp_path):
     assert 100 * right == pytest.approx(percent) and percent > 0
     assert {"2.main.weight", "2.aux.weight", "2.alpha", "2.beta"} <= set(model.state_dict())
     assert not math.isnan(run.history.rows[-1]["kd_unlabeled"])
+
+
+def test_by_name_the_best_epoch_is_kept_with_its_pair(tmp_path):
+    pytest.importorskip("accelerate")
+    from kdfast.train import Distiller
+
+    def run_to(epochs, **changes):
+        torch.manual_seed(0)
+        student, teacher = (nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2))
+        run = Distiller(
+            student, teacher, "dho", progress=False, log_every=1, optimizer=lambda p: torch.optim.SGD(p, 3.0), **changes
+        )
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(60, 3, generator=generator)
+        y = teacher(x).argmax(-1)
+        states, original = [], run.method.after_epoch
+        run.method.after_epoch = lambda setup: (original(setup), states.append(
+            {name: value.clone() for name, value in setup.student.state_dict().items()}))  # fmt: skip
+        val = DataLoader(TensorDataset(x[:24], y[:24]), 25)
+        run.fit(DataLoader(TensorDataset(x, y), 20, shuffle=True), epochs, eval_loader=val, resume=True)
+        return run, states, [row["eval_accuracy"] for row in run.history.rows if "eval_accuracy" in row], val
+
+    run, states, accuracies, val = run_to(6)
+    best = accuracies.index(max(accuracies))
+    assert 0 < best < 5 or accuracies[best] > min(accuracies)  # there was something to choose
+    model = run.deploy(val)
+    assert all(torch.equal(value, states[best][name]) for name, value in model.state_dict().items())
+    assert run.evaluate(val, model)["accuracy"] == pytest.approx(max(accuracies))
+    assert run.method.best_accuracy.item() == pytest.approx(100 * max(accuracies))
+    run_to(3, out=tmp_path)
+    resumed, *_ = run_to(6, out=tmp_path)  # what was best before the stop is known after it
+    assert resumed.method.best_accuracy == run.method.best_accuracy
+    again = resumed.deploy(val).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())

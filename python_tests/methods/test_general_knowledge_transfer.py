@@ -356,7 +356,8 @@ def test_experiment_starts_from_the_trained_student_and_resumes(tmp_path):
     from benchmarks.experiments import general_knowledge_transfer as experiment
 
     out = tmp_path / "gkt.json"
-    results = experiment.run(out, seeds=1, steps=4, tasks=[experiment.pair("weaker")], work=tmp_path / "work")
+    tasks = [experiment.pair("weaker")]
+    results = experiment.run(out, seeds=1, steps=4, tasks=tasks, work=tmp_path / "work")
     (found,) = results["data"].values()
     assert list(found["arms"]) == ["teacher", "ce", *experiment.TRANSFERS] and len(results["sentences"]) == 7
     weights = {
@@ -365,7 +366,7 @@ def test_experiment_starts_from_the_trained_student_and_resumes(tmp_path):
     }
     assert 0 < (weights["kl"] - weights["ce"]).abs().max() < 0.05  # four steps from there
     assert (weights["xe_kl_mcl"] - weights["ce"]).abs().max() < (weights["kl"] - weights["ce"]).abs().max()
-    assert experiment.run(out, seeds=1, work=tmp_path / "none") == json.loads(out.read_text())
+    assert experiment.run(out, seeds=1, tasks=tasks, work=tmp_path / "none") == json.loads(out.read_text())
 
 
 def test_cosine_transform_is_orthonormal():

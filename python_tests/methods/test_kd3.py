@@ -98,7 +98,8 @@ def test_contrast_against_a_loop_and_one_row():
     )
     keep = torch.tensor([0, 2, 3])
     torch.testing.assert_close(nt_xent_loss(z, other, keep=keep), nt_xent_loss(z[keep], other[keep]))
-    assert nt_xent_loss(z[:1], other[:1]).abs() < 1e-12
+    with pytest.warns(UserWarning, match="one row has nothing"):
+        assert nt_xent_loss(z[:1], other[:1]).abs() < 1e-12
     assert nt_xent_loss(z, other, keep=keep[:0]) == 0
     assert nt_xent_loss(z, other, temperature=1e-3).isfinite()
 
@@ -136,7 +137,8 @@ def example(cutoff=0.95, rows=6):
     images = torch.randn(rows, 1, 4, 4)
     student = nn.Conv2d(1, 2, 3, padding=1)
 
-    def sweep(split):
+    def sweep(split, plain):
+        assert plain
         for index in torch.arange(rows).split(4):
             x = images[index]
             yield methods.Context(

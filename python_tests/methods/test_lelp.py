@@ -216,13 +216,13 @@ def test_bad_targets():
 
 
 # ---------------------------------------------------------------- by name
-def setup(teacher, h, labels, resumed=False):
+def setup(teacher, h, labels, step=0):
     def sweep(split):
         assert split == "train"
         for rows, y in zip(h.split(16), labels.split(16)):
             yield methods.Context(None, teacher(rows), y, teacher_features={"embedding": rows})
 
-    return methods.Setup(nn.Identity(), teacher, sweep, resumed=resumed)
+    return methods.Setup(nn.Identity(), teacher, sweep, step=step)
 
 
 def test_by_name_fits_once_changes_the_head_and_resumes():
@@ -245,7 +245,7 @@ def test_by_name_fits_once_changes_the_head_and_resumes():
     )
     again = methods.load("lelp")({"embedding": (5, 8)}, n_subclasses=3).double()
     again.load_state_dict(method.state_dict())
-    again.start(setup(teacher, h[:1], labels[:1], resumed=True))
+    again.start(setup(teacher, h[:1], labels[:1], step=1))
     assert all(torch.equal(a, b) for a, b in zip(again.projection, method.projection))
     assert student.eval()(torch.randn(3, 4)).shape == (3, 2)
 
@@ -281,12 +281,13 @@ def test_experiment_runs_and_measures_information(tmp_path):
     from kdfast.data.digit_residues import residue_task
 
     out = tmp_path / "lelp.json"
-    results = lelp.run(out, seeds=1, steps=10, tasks=[residue_task(2)], work=tmp_path / "work")
+    tasks = [residue_task(2)]
+    results = lelp.run(out, seeds=1, steps=10, tasks=tasks, work=tmp_path / "work")
     (found,) = results["data"].values()
     assert list(found["arms"]) == ["teacher", "ce", "kd", "random", "lelp"] and len(results["sentences"]) == 5
     bits = {name: arm["measures"].get("subclass and digit, bits", [0])[0] for name, arm in found["arms"].items()}
     assert bits["kd"] > 0.5 and bits["lelp"] > bits["kd"] and bits["ce"] == 0
-    assert lelp.run(out, seeds=1, work=tmp_path / "none") == json.loads(out.read_text())
+    assert lelp.run(out, seeds=1, tasks=tasks, work=tmp_path / "none") == json.loads(out.read_text())
 
 
 def test_mutual_information_by_hand():

@@ -217,11 +217,11 @@ def test_by_name_the_table_holds_what_was_predicted_last():
     run.net.eval()
     x, y, index = (one[:4] for one in data().tensors)
     hard = run.loss((x, y, index))  # nothing seen: hard labels
-    assert run.method.seen.sum() == 4
+    assert run.method.tables[0].seen.sum() == 4
     run.step = 1
     softened = run.loss((x, y, index))
     z = run.student(x)
-    torch.testing.assert_close(run.method.table[:4], F.softmax(z, -1).detach())
+    torch.testing.assert_close(run.method.tables[0].values[:4, 0], F.softmax(z, -1).detach())
     g = 0.5 * F.one_hot(y, C) + 0.5 * F.softmax(z, -1).detach()
     torch.testing.assert_close(softened.parts["label_ce"], F.cross_entropy(z, g).detach())
     assert (hard.parts["label_ce"] - softened.parts["label_ce"]).abs() > 1e-4
@@ -229,7 +229,24 @@ def test_by_name_the_table_holds_what_was_predicted_last():
     torch.testing.assert_close(
         unseen.parts["label_ce"], F.cross_entropy(run.student(data().tensors[0][4:8]), data().tensors[1][4:8]).detach()
     )
-    torch.testing.assert_close(run.method.branch_table[:8].sum(-1), torch.ones(8, 3, 4))
+    for table in run.method.tables[1:]:
+        torch.testing.assert_close(table.values[:8].sum(-1), torch.ones(8, 4))
+
+
+def test_by_name_the_greatest_of_all_are_the_whole_table():
+    pytest.importorskip("accelerate")
+    found = {}
+    for memory, kept in (("table", 20), ("topk", 20), ("topk", 1)):
+        run = distiller(
+            memory=memory, kept=kept, samples=12, steps_per_epoch=1, epochs=10, alpha=0.5, growth="constant"
+        )
+        run.net.eval()
+        batch = [one[:4] for one in data().tensors]
+        run.loss(batch)
+        run.step = 1
+        found[memory, kept] = run.loss(batch).loss
+    torch.testing.assert_close(found["topk", 20], found["table", 20])  # 20 are more than there are classes
+    assert (found["topk", 1] - found["table", 20]).abs() > 1e-4
 
 
 def test_by_name_without_branches_nothing_is_turned():
@@ -244,7 +261,7 @@ def test_by_name_without_branches_nothing_is_turned():
 def test_bad_options_are_refused_when_bound():
     for options in (
         {"alpha": 1.0}, {"teacher": "all"}, {"memory": "disk"}, {"growth": "fast"}, {"feature": "x"}, {"epochs": 0},
-        {"memory": "table", "samples": 0},
+        {"memory": "table", "samples": 0}, {"kl_weight": -1.0}, {"kept": 0, "memory": "topk", "samples": 4},
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="samples" if "samples" in options else next(iter(options))):
+        with pytest.raises(ValueError, match="samples" if options.get("samples") == 0 else next(iter(options))):
             methods.load("lsskd")(WIDTHS, num_classes=C, **options)

@@ -151,7 +151,7 @@ def test_the_teachers_mean_deviation_is_found_and_saved():
     assert float(method.mean_deviation) == pytest.approx(t.std(1).mean().item(), rel=1e-6)
     again = methods.load("mix_kd")(temperature="teacher", mixup=False)
     again.load_state_dict(method.state_dict())
-    again.start(methods.Setup(torch.nn.Identity(), None, lambda split: iter(()), resumed=True))
+    again.start(methods.Setup(torch.nn.Identity(), None, lambda split: iter(()), step=1))
     s, labels = torch.randn(9, 4), torch.arange(9) % 4
     got = again(methods.Context(s, t, labels, (None, labels))).loss
     torch.testing.assert_close(got, mix_kd_loss(s, t, labels, temperature=float(t.std(1).double().mean())).loss)

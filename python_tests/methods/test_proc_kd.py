@@ -170,6 +170,7 @@ def test_experiment_runs_and_resumes(tmp_path):
     from kdfast.data.other_digits import other_digits_task
 
     out = tmp_path / "proc_kd.json"
-    results = proc_kd.run(out, seeds=1, steps=4, tasks=[other_digits_task()], work=tmp_path / "work")
+    tasks = [other_digits_task()]
+    results = proc_kd.run(out, seeds=1, steps=4, tasks=tasks, work=tmp_path / "work")
     assert len(results["sentences"]) == 4
-    assert proc_kd.run(out, seeds=1, work=tmp_path / "none") == json.loads(out.read_text())
+    assert proc_kd.run(out, seeds=1, tasks=tasks, work=tmp_path / "none") == json.loads(out.read_text())

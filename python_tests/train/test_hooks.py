@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from train import toy
 
+from kdfast.data.task import Augmented
 from kdfast.losses import LossOutput
 from kdfast.methods import Context, Method, load
 
@@ -69,3 +70,33 @@ def test_without_hooks_the_student_is_deployed(tmp_path):
     assert run.deploy() is run.student
     run.save(tmp_path / "other.safetensors", nn.Linear(1, 2))
     assert (tmp_path / "other.safetensors").stat().st_size > 0
+
+
+class Epochs(nn.Module):
+    """Notes where the run is after each epoch, and which rows a sweep sees as they are and augmented."""
+
+    def __init__(self):
+        super().__init__()
+        self.kd, self.seen = load("kd")(), []
+
+    def forward(self, context):
+        return self.kd(context)
+
+    def after_epoch(self, setup):
+        sums = [
+            sum(context.batch[0].sum().item() for context in setup.sweep("train", plain=plain))
+            for plain in (True, False)
+        ]
+        self.seen.append((setup.step, setup.has_val, *sums))
+
+
+def test_after_each_epoch_a_method_may_look_at_the_data(tmp_path):
+    data = toy.Noisy(size=8, noise=0.0)
+    collate = Augmented(None, lambda batch: [torch.ones_like(batch[0]), batch[1]])
+    run = toy.distiller(tmp_path, method=Epochs(), accumulate=1, scheduler=None)
+    original = run.evaluate
+    run.evaluate = lambda loader: run.method.seen.append("evaluated") or original(loader)
+    run.fit(DataLoader(data, 4, collate_fn=collate), 2, eval_loader=DataLoader(data, 4))
+    first, *rest = run.method.seen
+    assert first == (2, True, pytest.approx(data.points.sum().item(), abs=1e-4), 48)
+    assert [one if one == "evaluated" else one[0] for one in rest] == ["evaluated", 4, "evaluated"]
