@@ -15,7 +15,7 @@ ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
-	KDFAST_CORE=1 $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[train,test,lint]"
+	KDFAST_CORE=1 $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[train,hf,trainers,test,lint]"
 	touch $@
 
 # The main job: trains a teacher, then students with labels alone, with plain KD and with the method, over 5 seeds.
