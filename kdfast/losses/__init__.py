@@ -43,6 +43,7 @@ from kdfast.losses.selective import (
 )
 from kdfast.losses.sinkhorn import SinkhornDivergence, SinkhornKDLoss, sinkhorn_divergence, sinkhorn_kd_loss
 from kdfast.losses.sparse import SparseKDLoss, sparse_kd_loss
+from kdfast.losses.uld import ULDLoss, uld_loss
 from kdfast.ops.sparse_divergence import SampledTeacher, TopKTeacher
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "TokenContrastLoss",
     "TokenGraphLoss",
     "TopKTeacher",
+    "ULDLoss",
     "UniformKLLoss",
     "UsageCVLoss",
     "cross_entropy_loss",
@@ -89,6 +91,7 @@ __all__ = [
     "token_context_loss",
     "token_contrast_loss",
     "token_graph_loss",
+    "uld_loss",
     "uniform_kl_loss",
     "usage_cv_loss",
 ]

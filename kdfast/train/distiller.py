@@ -54,8 +54,12 @@ class _Net(nn.Module):
             self.method = method
         self.captures, self.forwards = captures, (student_forward, teacher_forward)
 
+    @property
+    def used_method(self) -> Any:
+        return self.hidden[1] or self.method
+
     def forward(self, batch: Batch, step: int, total_steps: int) -> LossOutput:
-        method: Any = self.hidden[1] or self.method
+        method = self.used_method
         teacher = self.teacher if self.trains_teacher else self.hidden[0]
         batch = method.prepare(batch) if hasattr(method, "prepare") else batch
         context = Context(None, None, labels_of(batch), batch, step=step, total_steps=total_steps)
@@ -69,6 +73,34 @@ class _Net(nn.Module):
         with capture_outputs(self.student, self.captures[0]) as context.student_features:
             context.student = self.forwards[0](self.student, batch)
         return method(context)
+
+
+def make_net(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    method: str | Callable[[Context], LossOutput],
+    *,
+    options: Mapping[str, Any] | None = None,
+    widths: Mapping[str, tuple[int, int]] | None = None,
+    capture: Mapping[str, str | tuple[str | None, str | None]] | None = None,
+    student_forward: Forward = call_model,
+    teacher_forward: Forward | None = None,
+) -> _Net:
+    """Both models and the method, checked: what `Distiller` and `kdfast.integrations.lightning` train."""
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module) and (model is not None or name == "student"):
+            raise TypeError(f"{name}: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(method, str):
+        kind = load(method)
+        method = kind(*([widths or {}] if getattr(kind, "captures", ()) else []), **(options or {}))
+    elif options or widths:
+        raise ValueError("options, widths: only for a method given by its slug; bind them in the method you pass")
+    if getattr(method, "trains_teacher", False) and teacher is None:
+        raise ValueError("teacher: this method trains two networks, got None")
+    adapt: Any = getattr(method, "adapt", None)
+    student = student if adapt is None else adapt(student)
+    captures = split_captures(capture or {}, student, teacher, getattr(method, "captures", ()))
+    return _Net(student, teacher, method, captures, student_forward, teacher_forward or student_forward)
 
 
 class Distiller:
@@ -128,20 +160,14 @@ class Distiller:
         accelerator: Accelerator | None = None,
         progress: bool = True,
     ) -> None:
-        for name, model in (("student", student), ("teacher", teacher)):
-            if not isinstance(model, nn.Module) and (model is not None or name == "student"):
-                raise TypeError(f"{name}: expected an nn.Module, got {type(model).__name__}")
         if accumulate < 1 or log_every < 1 or save_every < 0:
             raise ValueError(
                 f"accumulate, log_every: expected >= 1, save_every >= 0; got {accumulate}, {log_every}, {save_every}"
             )
-        if isinstance(method, str):
-            kind = load(method)
-            method = kind(*([widths or {}] if getattr(kind, "captures", ()) else []), **(options or {}))
-        elif options or widths:
-            raise ValueError("options, widths: only for a method given by its slug; bind them in the method you pass")
-        if getattr(method, "trains_teacher", False) and teacher is None:
-            raise ValueError("teacher: this method trains two networks, got None")
+        net = make_net(
+            student, teacher, method, options=options, widths=widths, capture=capture, student_forward=student_forward,
+            teacher_forward=teacher_forward,
+        )  # fmt: skip
         self.accelerator = accelerator or Accelerator(
             mixed_precision=mixed_precision,
             log_with=trackers,
@@ -149,14 +175,10 @@ class Distiller:
             # The loader's batch is the whole batch: the same run on any number of processes.
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
-        self.method: Any = method
-        adapt: Any = getattr(method, "adapt", None)
-        student = student if adapt is None else adapt(student)
-        self.student, self.teacher = student, teacher
-        if teacher is not None and not getattr(method, "trains_teacher", False):
+        self.method: Any = net.used_method
+        self.student, self.teacher = net.student, teacher
+        if teacher is not None and not net.trains_teacher:
             teacher.eval().to(self.accelerator.device)
-        captures = split_captures(capture or {}, student, teacher, getattr(method, "captures", ()))
-        net = _Net(student, teacher, method, captures, student_forward, teacher_forward or student_forward)
         self.net = self.accelerator.prepare(net)
         self.optimizer, self.scheduler, self.accumulate = optimizer, scheduler, accumulate
         self.max_grad_norm, self.ignore_index = max_grad_norm, ignore_index

@@ -1,0 +1,317 @@
+"""One distillation loss for two causal language models: hidden states and heads instead of logits.
+
+The model runs as it is, in its wrapper (DDP, FSDP); only the call of its output layer is cut to no rows, and the hidden states that
+the call was given go to `linear_distillation_loss` with the layer's weight. What the model does to its logits afterwards (Gemma's
+soft cap, the factors of Cohere, Granite and others) is taken from its config and confirmed once, on the logits of a few rows that
+the model makes itself. A model that cannot be read so is used through its logits, and the reason is logged.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdfast.losses import LossOutput, cross_entropy_loss, distillation_loss, linear_distillation_loss, sparse_kd_loss
+from kdfast.ops.linear_divergence import head_logits
+from kdfast.ops.sparse_divergence import SampledTeacher, TopKTeacher
+
+logger = logging.getLogger(__name__)
+IGNORE = -100
+PROBE_ROWS = 4
+# Inputs of a batch that are not the models'.
+TARGETS = ("labels", "shift_labels", "row_id", "on_policy")
+
+
+class Head(NamedTuple):
+    """An output layer: logits = softcap(scale (hidden weight^T + bias))"""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class States(NamedTuple):
+    """What a model says of a batch: hidden states [B, L, D] with a head, or logits [B, L, V] with None. outputs: the model's own."""
+
+    rows: Tensor
+    head: Head | None
+    outputs: Any = None
+
+
+# ---------------------------------------------------------------- labels
+def next_labels(batch: Mapping[str, Any]) -> Tensor:
+    """[B, L]: the label of the token after each one, -100 where nothing is to be predicted.
+
+    That is: at the end of a row, where the next label is -100, after a padding token (on either side), and before the first token
+    of a packed document (where `position_ids` start again). A batch with `shift_labels` has them already.
+    """
+    if batch.get("shift_labels") is not None:
+        return batch["shift_labels"]
+    if batch.get("labels") is None:
+        raise ValueError(
+            f"batch: expected labels (input_ids, -100 where nothing is learned), got only {', '.join(batch) or 'nothing'}"
+        )
+    labels = batch["labels"]
+    labels = torch.cat((labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)), 1)
+    mask, position = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None and mask.shape == labels.shape:
+        labels = labels.masked_fill(mask == 0, IGNORE)
+    if position is not None and position.shape == labels.shape:
+        starts = torch.cat((position[:, 1:] == 0, torch.zeros_like(position[:, :1], dtype=torch.bool)), 1)
+        labels = labels.masked_fill(starts, IGNORE)
+    return labels
+
+
+# ---------------------------------------------------------------- reading a model
+def scale_candidates(config: Any) -> list[float]:
+    """Factors on the logits that a config may mean, most likely first."""
+    value: dict[str, Any] = {
+        name: getattr(config, name, None)
+        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    }
+    found = [float(value[name]) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier") if value[name]]
+    if value["logits_scaling"]:
+        found += [1 / float(value["logits_scaling"]), float(value["logits_scaling"])]  # Granite; HyperCLOVA X
+    return [*found, 1.0]
+
+
+class Reader:
+    """Reads the hidden states and the head of one model. `reason` says why it takes the logits instead, once it does."""
+
+    def __init__(self, name: str = "model", use_logits: bool = False) -> None:
+        self.name = name
+        self.reason: str | None = "as asked" if use_logits else None
+        self._logits: tuple[float, float | None] | None = None  # (scale, softcap), confirmed
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        forward: Callable[..., Any] | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> States:
+        """One forward. forward: what to call instead of the model (`through`). all_logits: `outputs` has them all."""
+        forward = forward or model
+        if "use_cache" in inspect.signature(type(model).forward).parameters:
+            inputs = {"use_cache": False, **inputs}  # else keys and values of every layer are kept
+        head = None if self.reason else self._head_module(model)
+        if head is None:
+            outputs = forward(**inputs)
+            return States(outputs.logits, None, outputs)
+        calls: list[Tensor] = []
+        rows = None if all_logits else 0 if self._logits else PROBE_ROWS
+
+        def cut(module: nn.Module, args: tuple) -> tuple | None:
+            calls.append(args[0])
+            return None if rows is None else (args[0][..., :rows, :], *args[1:])
+
+        with head.register_forward_pre_hook(cut):
+            outputs = forward(**inputs)
+        if self._logits is None:
+            self._confirm(model, head, calls, inputs, outputs.logits)
+        if self._logits is None:
+            return self(model, inputs, forward)
+        return States(calls[0], Head(head.weight, head.bias, *self._logits), outputs)
+
+    def _head_module(self, model: Any) -> nn.Linear | None:
+        head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        weight = getattr(head, "weight", None)
+        if head is None:
+            self._give_up(model, "it has no get_output_embeddings()")
+        elif not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+            self._give_up(model, f"its output layer is a {type(head).__name__}, not an nn.Linear")
+        elif hasattr(weight, "ds_id"):
+            self._give_up(model, "DeepSpeed ZeRO-3 holds its output layer in pieces")
+        elif hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+            self._give_up(model, "it is compiled, which does not see the hook on its output layer")
+        else:
+            return head
+        return None
+
+    @torch.no_grad()
+    def _confirm(
+        self, model: Any, head: nn.Linear, calls: list[Tensor], inputs: Mapping[str, Any], logits: Tensor
+    ) -> None:
+        tokens = next(inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None)
+        if len(calls) != 1 or calls[0].shape[:2] != tokens.shape[:2] or calls[0].dim() != 3:
+            shapes = [tuple(call.shape) for call in calls]
+            self._give_up(model, f"its output layer was called with {shapes} for tokens {tuple(tokens.shape[:2])}")
+            return
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        hidden, want = calls[0][:, :PROBE_ROWS], logits[:, :PROBE_ROWS]
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        raw = F.linear(hidden, head.weight.to(hidden.dtype), bias).float()  # as under autocast
+        # Both round to the wider of these two, whose logits are of size max |want|.
+        allowed = max(1e-5, 4 * torch.finfo(hidden.dtype).eps, 4 * torch.finfo(want.dtype).eps)
+        worst = float("inf")
+        for scale in scale_candidates(config):
+            for softcap in dict.fromkeys((getattr(config, "final_logit_softcapping", None), None)):
+                got = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
+                error = float((got - want.float()).abs().max() / want.float().abs().max().clamp_min(1e-30))
+                if error <= allowed:
+                    self._logits = (scale, softcap)
+                    return
+                worst = min(worst, error)
+        self._give_up(
+            model,
+            f"its logits are not its output layer's times what its config says (off by {worst:.1e} of the largest)",
+        )
+
+    def _give_up(self, model: nn.Module, why: str) -> None:
+        self.reason = why
+        logger.warning("%s (%s): using its logits, since %s", self.name, type(model).__name__, why)
+
+
+def through(wrapper: nn.Module, model: nn.Module, function: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+    """function(forward of the model, inputs), called inside the forward of the model's wrapper.
+
+    There DDP prepares its backward, and FSDP has the root's parameters, so that a loss may use the head's weight.
+    """
+    if wrapper is model and not _is_fsdp(model):
+        return function(model, inputs)
+    own, forward = model.__dict__.get("forward"), model.forward  # its own: accelerate puts autocast there
+
+    def restore() -> None:
+        if own is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = own
+
+    def redirected(**inputs: Any) -> Any:
+        restore()
+        return function(forward, inputs)
+
+    model.forward = redirected
+    try:
+        return wrapper(**inputs)
+    finally:
+        restore()
+
+
+def _is_fsdp(model: nn.Module) -> bool:
+    return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(model).__mro__)
+
+
+# ---------------------------------------------------------------- the loss
+class CausalLMLoss:
+    """ce_weight CE + kd_weight T^2 D of two causal language models on one batch, from hidden states and heads.
+
+    Args:
+        kind, beta, temperature, ce_weight, kd_weight, scale_t2, vocab_size, chunk_rows: as in `linear_distillation_loss`.
+        use_logits: take the logits of both models (the reference for what is done here, and slower).
+
+    One object serves one student and one teacher: it remembers how their heads are read.
+
+    >>> criterion = CausalLMLoss(kind="js", temperature=2.0)
+    >>> loss, parts = criterion(student, teacher, batch)        # a batch of input_ids, attention_mask and labels
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: str = "forward_kl",
+        beta: float | tuple[float, float] = 0.5,
+        temperature: float = 1.0,
+        ce_weight: float = 0.5,
+        kd_weight: float = 0.5,
+        scale_t2: bool = True,
+        vocab_size: int | None = None,
+        chunk_rows: int | None = None,
+        use_logits: bool = False,
+    ) -> None:
+        self.options: dict[str, Any] = {
+            "kind": kind, "beta": beta, "temperature": temperature, "scale_t2": scale_t2, "vocab_size": vocab_size,
+        }  # fmt: skip
+        self.ce_weight, self.kd_weight, self.chunk_rows = ce_weight, kd_weight, chunk_rows
+        self.readers = {name: Reader(name, use_logits) for name in ("student", "teacher")}
+
+    def __call__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Tensor | TopKTeacher | SampledTeacher,
+        batch: Mapping[str, Any],
+        *,
+        reduction: str = "mean",
+        wrapper: nn.Module | None = None,
+    ) -> LossOutput:
+        """The loss of a batch: input_ids, labels (not shifted) and what else the models take.
+
+        Args:
+            teacher: a model, run in eval mode without gradient; or what is known of it beside each token [B, L]: logits, a
+                TopKTeacher or a SampledTeacher.
+            reduction: "mean" over the kept tokens (`next_labels`), "sum", or "none": rows [B, L].
+            wrapper: the student in DDP or FSDP, if it is.
+        Returns:
+            LossOutput(loss, {"ce", "kd"}), as `linear_distillation_loss`.
+        """
+        labels, inputs = next_labels(batch), model_inputs(batch)
+        known = self.teach(teacher, inputs) if isinstance(teacher, nn.Module) else teacher
+
+        def run(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> LossOutput:
+            return self.compare(self.readers["student"](student, inputs, forward), known, labels, reduction=reduction)
+
+        return through(wrapper or student, student, run, inputs)
+
+    @torch.no_grad()
+    def teach(self, teacher: nn.Module, inputs: Mapping[str, Any], wrapper: nn.Module | None = None) -> States:
+        """The teacher's side of a batch."""
+        if teacher.training:
+            teacher.eval()
+        wrapper = wrapper or teacher
+
+        def run(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> States:
+            rows, head, _ = self.readers["teacher"](teacher, inputs, forward)
+            if head is not None and (_is_fsdp(wrapper) or _is_fsdp(teacher)):  # freed after this forward
+                head = head._replace(weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
+            return States(rows, head)
+
+        return through(wrapper, teacher, run, inputs)
+
+    def compare(
+        self,
+        student: States,
+        teacher: States | Tensor | TopKTeacher | SampledTeacher,
+        labels: Tensor,
+        *,
+        reduction: str = "mean",
+        ce_weight: float | None = None,
+    ) -> LossOutput:
+        """The loss of what the models said. labels: `next_labels`, one for each row. ce_weight: instead of the object's."""
+        ce_weight = self.ce_weight if ce_weight is None else ce_weight
+        known: Any
+        known, other = (teacher.rows, teacher.head) if isinstance(teacher, States) else (teacher, None)
+        if (own := student.head) is not None:
+            sides: dict[str, Any] = (
+                {} if other is None else {"teacher_weight": other.weight, "teacher_bias": other.bias}
+            )
+            return linear_distillation_loss(
+                student.rows, own.weight, known, labels, student_bias=own.bias,
+                softcap=(own.softcap, other and other.softcap), logit_scale=(own.scale, other and other.scale),
+                ce_weight=ce_weight, kd_weight=self.kd_weight, chunk_rows=self.chunk_rows, reduction=reduction,
+                **sides, **self.options,
+            )  # fmt: skip
+        if other is not None:
+            known = head_logits(
+                known, other.weight, other.bias, other.scale, other.softcap or 0.0, other.weight.shape[0]
+            )
+        if isinstance(known, Tensor):
+            return distillation_loss(
+                student.rows, known, labels, ce_weight=ce_weight, kd_weight=self.kd_weight, reduction=reduction, **self.options
+            )  # fmt: skip
+        keep, classes = labels != IGNORE, self.options["vocab_size"]
+        kd = sparse_kd_loss(student.rows, known, mask=keep, reduction=reduction, **self.options)
+        ce = cross_entropy_loss(student.rows[..., :classes], labels, reduction=reduction)
+        return LossOutput(ce_weight * ce + self.kd_weight * kd, {"ce": ce.detach(), "kd": kd.detach()})
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch is for the models."""
+    return {name: value for name, value in batch.items() if name not in TARGETS and not name.startswith("teacher_")}

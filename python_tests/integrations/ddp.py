@@ -1,0 +1,83 @@
+"""KDTrainer on a small corpus. As a script: one rank of a test on two processes, ddp.py <out>, with torchrun's variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import lm
+import torch
+
+from kdfast.integrations.transformers import KDTrainer, KDTrainingArguments
+
+VOCAB = 300
+
+
+class Rows(torch.utils.data.Dataset):
+    """Texts of different lengths, with prompts of different lengths."""
+
+    def __init__(self, n: int = 16, length: int = 18) -> None:
+        tokenizer = lm.tokenizer(VOCAB)
+        self.tokens = [tokenizer(text)["input_ids"][: length - i % 5] for i, text in enumerate(lm.TEXTS[:n])]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> dict:
+        tokens = self.tokens[i]
+        return {"input_ids": tokens, "labels": [-100] * (i % 7) + tokens[i % 7 :], "row_id": i}
+
+
+def padded(side: str = "right"):
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        columns: dict[str, list] = {"input_ids": [], "labels": [], "attention_mask": []}
+        for row in rows:
+            row = row | {"attention_mask": [1] * len(row["input_ids"])}
+            for (name, column), fill in zip(columns.items(), (1, -100, 0)):
+                pads = [fill] * (length - len(row[name]))
+                column.append(pads + row[name] if side == "left" else row[name] + pads)
+        return {name: torch.tensor(column) for name, column in columns.items()} | {
+            "row_id": torch.tensor([row["row_id"] for row in rows])
+        }
+
+    return collate
+
+
+def trainer(
+    out: str | Path, *, side: str = "right", steps: int = 4, teacher=None, rows: int = 16, data_collator=None, **options
+):
+    arguments = {
+        "output_dir": str(out), "max_steps": steps, "learning_rate": 0.05, "optim": "sgd", "lr_scheduler_type": "linear",
+        "max_grad_norm": 1.0, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
+        "disable_tqdm": True, "per_device_train_batch_size": 4, "temperature": 2.0, "kind": "js",
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    args = KDTrainingArguments(**arguments | options)
+    return KDTrainer(
+        lm.llama(VOCAB, 32).double(), args=args, train_dataset=Rows(rows), eval_dataset=Rows(11), data_collator=data_collator or padded(side),
+        processing_class=lm.tokenizer(VOCAB), teacher_model=teacher or lm.llama(VOCAB, 48, seed=1).double(),
+    )  # fmt: skip
+
+
+def report(kd: KDTrainer) -> dict:
+    kept = ("loss", "ce", "kd", "grad_norm")
+    return {
+        "steps": [{k: row[k] for k in kept} for row in kd.state.log_history if "loss" in row],
+        "eval": kd.evaluate(),
+    }
+
+
+if __name__ == "__main__":
+    out, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", "1"))
+    kd = trainer(out, per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, steps=2)
+    kd.train()
+    found = report(kd) | {"processes": processes}
+    if kd.is_world_process_zero():
+        (out / "report.json").write_text(json.dumps(found))
+        torch.save({k: v.clone() for k, v in kd.model.state_dict().items()}, out / "weights.pt")
+    if processes > 1:
+        torch.distributed.destroy_process_group()

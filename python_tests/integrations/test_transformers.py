@@ -1,0 +1,178 @@
+"""KDTrainer does what a plain loop over all logits does, however the work is cut: micro-batches, padding, processes, restarts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import lm
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from integrations import ddp
+from integrations.test_causal_lm import plain_loss
+
+from kdfast.integrations.transformers import KDTrainer, KDTrainingArguments
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and accelerate's own
+
+
+def plain_run(steps: int = 4, batch_size: int = 4, side: str = "right"):
+    """The same training by hand: batches in the Trainer's order, SGD with its schedule, clipped."""
+    student, teacher = lm.llama(ddp.VOCAB, 32).double().train(), lm.llama(ddp.VOCAB, 48, seed=1).double()
+    kd = ddp.trainer("unused", side=side, per_device_train_batch_size=batch_size, steps=steps)
+    losses, loader = [], list(kd.get_train_dataloader())
+    assert len(loader) * batch_size == 16
+    for step in range(steps):
+        batch = {name: value for name, value in loader[step].items() if name != "row_id"}
+        loss = plain_loss(student, teacher, batch, kind="js", temperature=2.0)
+        student.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter -= 0.05 * (1 - step / steps) * parameter.grad
+        losses.append(loss.item())
+    return losses, student.state_dict()
+
+
+def losses_of(kd: KDTrainer) -> list[float]:
+    return [row["loss"] for row in kd.state.log_history if "loss" in row]
+
+
+def check_weights(got: dict, want: dict, tolerance: float = 1e-6) -> None:
+    for name, value in want.items():
+        torch.testing.assert_close(
+            got[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def plain():
+    losses, weights = plain_run()
+    start = lm.llama(ddp.VOCAB, 32).double().state_dict()
+    assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-2  # it has trained
+    return losses, weights
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, {"side": "left"}, {"use_logits": True}],
+    ids=["whole", "accumulated", "left", "logits"],
+)
+def test_equals_a_plain_loop(plain, tmp_path, options):
+    losses, weights = plain
+    kd = ddp.trainer(tmp_path, **options)
+    kd.train()
+    # the Trainer's own sums of losses are float32, and norms and rotary angles of the models are float32
+    assert losses_of(kd) == pytest.approx(losses, rel=1e-5)
+    check_weights(kd.model.state_dict(), weights)
+    for row in kd.state.log_history[: len(losses)]:
+        assert row["loss"] == pytest.approx(0.5 * row["ce"] + 0.5 * row["kd"], rel=1e-5)
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    whole = ddp.trainer(
+        tmp_path / "whole", save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-2
+    )
+    whole.train()
+    again = ddp.trainer(tmp_path / "again", optim="adamw_torch", learning_rate=1e-2)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert losses_of(again)[-2:] == losses_of(whole)[-2:] and len(losses_of(whole)) == 4
+    check_weights(again.model.state_dict(), whole.model.state_dict(), tolerance=0)
+    saved = {path.name for path in (tmp_path / "whole" / "checkpoint-2").iterdir()}
+    assert "model.safetensors" in saved
+    assert (
+        tmp_path / "whole" / "checkpoint-2" / "model.safetensors"
+    ).stat().st_size < 8 * 1.2 * whole.model.num_parameters()
+
+
+def test_two_processes_equal_one(tmp_path):
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).parents[2]
+    base = {**os.environ, "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        base | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for r in (0, 1)
+    ]  # fmt: skip
+    (tmp_path / "two").mkdir()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", ddp.__file__, str(tmp_path / "two")], env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for env in ranks
+    ]  # fmt: skip
+    one = ddp.trainer(tmp_path / "one", gradient_accumulation_steps=2, steps=2)
+    one.train()
+    want = ddp.report(one)
+    outputs = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    two = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert two["processes"] == 2 and len(two["steps"]) == 2
+    for got, row in zip(two["steps"], want["steps"]):
+        assert got == pytest.approx(row, rel=1e-5)
+    for name in ("eval_loss", "eval_ce", "eval_kd"):  # over the 11 rows, each once
+        assert two["eval"][name] == pytest.approx(want["eval"][name], rel=1e-5)
+    check_weights(torch.load(tmp_path / "two" / "weights.pt"), one.model.state_dict())
+
+
+def test_evaluation_is_the_mean_over_all_tokens(tmp_path):
+    """Whatever the batches: the last one is smaller here, and rows keep different numbers of tokens."""
+    kd = ddp.trainer(tmp_path, per_device_eval_batch_size=4)
+    metrics = kd.evaluate()
+    everything = {k: v for k, v in ddp.padded()([*ddp.Rows(11)]).items() if k != "row_id"}
+    want = plain_loss(kd.model, kd.teacher, everything, kind="js", temperature=2.0).item()
+    assert metrics["eval_loss"] == pytest.approx(want, rel=1e-6)
+    assert metrics["eval_loss"] == pytest.approx(0.5 * metrics["eval_ce"] + 0.5 * metrics["eval_kd"], rel=1e-6)
+    assert kd.state.log_history[-1]["eval_kd"] == metrics["eval_kd"]
+
+
+def test_compute_metrics_sees_all_logits(tmp_path):
+    kd = ddp.trainer(tmp_path, per_device_eval_batch_size=11)
+    kd.evaluate()  # the heads are confirmed
+    kd.compute_metrics = lambda found: {"shape": found.predictions.shape, "labels": found.label_ids.shape}
+    metrics = kd.evaluate()
+    assert metrics["eval_shape"] == (11, 18, ddp.VOCAB) and metrics["eval_labels"] == (11, 18)
+
+
+def test_models_by_name_and_vocabularies(tmp_path, caplog):
+    tokenizer = lm.tokenizer(ddp.VOCAB)
+    for name, model in (("student", lm.llama(ddp.VOCAB, 32)), ("teacher", lm.llama(ddp.VOCAB + 4, 48, seed=1))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    args = KDTrainingArguments(
+        str(tmp_path / "out"), teacher_model=str(tmp_path / "teacher"), teacher_model_init_kwargs={"dtype": "float32"},
+        report_to="none", use_cpu=True, max_steps=1, per_device_train_batch_size=2, disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    options = {"args": args, "train_dataset": ddp.Rows(4), "data_collator": ddp.padded()}
+    with caplog.at_level(logging.WARNING):
+        kd = KDTrainer(str(tmp_path / "student"), processing_class=tokenizer, **options)
+    assert any(f"{ddp.VOCAB} and {ddp.VOCAB + 4} classes" in record.message for record in caplog.records)
+    kd.train()
+    assert kd.criterion.options["vocab_size"] == ddp.VOCAB and losses_of(kd)[0] > 1
+    assert not any(parameter.requires_grad for parameter in kd.teacher.parameters())
+    with pytest.raises(ValueError, match=r"vocab_size.*300 classes and the teacher 304"):
+        KDTrainer(str(tmp_path / "student"), **options)
+    with pytest.raises(ValueError, match=r"teacher_processing_class.*differ.*uld_loss"):
+        KDTrainer(str(tmp_path / "student"), processing_class=lm.tokenizer(280), **options)
+
+
+def test_wrong_arguments(tmp_path):
+    with pytest.raises(ValueError, match="teacher_model, teacher_cache: expected one of them, got none"):
+        KDTrainer(lm.llama(), args=KDTrainingArguments(str(tmp_path)))
+    with pytest.raises(ValueError, match="expected one of them, got both"):
+        ddp.trainer(tmp_path, teacher_cache="somewhere")
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        ddp.trainer(tmp_path, label_smoothing_factor=0.1)
