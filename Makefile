@@ -3,19 +3,23 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 
+# KDFAST_CUDA=1 puts the CUDA kernels into the core of `test`, `demo` and `core`: minutes of nvcc that only a GPU pays back. A wheel
+# and plain pip take them wherever nvcc works. KDFAST_CUDA_ARCHS="90": for these GPUs alone.
+KDFAST_CUDA ?= 0
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Development targets use the active environment if there is one.
 ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
 
-.PHONY: demo test test-isa test-triton triton-table sanitize lint check-install wheel bench experiments method-costs methods-page leaderboard core clean
+.PHONY: demo test test-isa test-triton triton-table cuda cuda-table sanitize lint check-install wheel bench experiments method-costs methods-page leaderboard core clean
 
 # The environment: an editable install with the compiled core next to the sources, again when sources of the core change.
 # The test extra holds only what a first run needs; pip takes the build tools into an environment of its own.
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
-	KDFAST_CORE=1 $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[train,hf,trainers,test,lint]"
+	KDFAST_CORE=1 KDFAST_CUDA=$(KDFAST_CUDA) $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[train,hf,trainers,test,lint]"
 	touch $@
 
 # The main job: trains a teacher, then students with labels alone, with plain KD and with the method, over 5 seeds.
@@ -58,7 +62,7 @@ triton-table: $(if $(VIRTUAL_ENV),,$(READY))
 SANITIZED := $(CURDIR)/build/sanitize/package
 sanitize: $(READY)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "pybind11>=2.13" "cmake>=3.24" ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DKDFAST_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DKDFAST_SANITIZE=ON -DKDFAST_CUDA=0 -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -Dpybind11_DIR=$$($(BIN)/python -c 'import pybind11; print(pybind11.get_cmake_dir())') > /dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/kdfast && ln -s $(CURDIR)/kdfast/* $(SANITIZED)/kdfast/ && rm -f $(SANITIZED)/kdfast/_C*
@@ -102,12 +106,29 @@ method-costs: $(if $(VIRTUAL_ENV),,$(READY))
 leaderboard: $(if $(VIRTUAL_ENV),,$(READY))
 	$(ACTIVE) -m benchmarks.leaderboard
 
-# The compiled core next to the Python sources, incremental: for development (needs pybind11, cmake and ninja).
+# The compiled core, built in DEV, incremental: for development (needs pybind11, cmake and ninja) ...
+DEV ?= build/dev
+CONFIGURE = cmake -S . -B $(DEV) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$(command -v $(ACTIVE)) \
+	  -Dpybind11_DIR=$$($(ACTIVE) -c 'import pybind11; print(pybind11.get_cmake_dir())') $(CMAKE_ARGS)
+
+# ... and put next to the Python sources.
 core:
-	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$(command -v $(ACTIVE)) \
-	  -Dpybind11_DIR=$$($(ACTIVE) -c 'import pybind11; print(pybind11.get_cmake_dir())') $(CMAKE_ARGS) > /dev/null
-	cmake --build build/dev
-	cp build/dev/_C*.so kdfast/
+	$(CONFIGURE) -DKDFAST_CUDA=$(KDFAST_CUDA) -DKDFAST_CUDA_ARCHS="$(KDFAST_CUDA_ARCHS)" > /dev/null
+	cmake --build $(DEV)
+	cp $(DEV)/_C*.so kdfast/
+
+# The CUDA kernels without a GPU: compiled for sm_90 alone into a core of its own (build/cuda, over the objects of `make core`),
+# which must load without a driver, need no CUDA library, and use no more registers than benchmarks/results/cuda/registers.json.
+cuda:
+	$(CONFIGURE) -DKDFAST_CUDA=1 -DKDFAST_CUDA_ARCHS=90 > /dev/null
+	cmake --build $(DEV)
+	mkdir -p build/cuda && cp $(DEV)/_C*.so build/cuda/
+	$(ACTIVE) tools/check_core.py build/cuda/_C*.so $(DEV)
+	$(ACTIVE) tools/cuda_table.py --check $(DEV) build/cuda
+
+# After a change of a kernel: the table anew, once `make cuda` has built it.
+cuda-table:
+	$(ACTIVE) tools/cuda_table.py $(DEV) build/cuda
 
 clean:
 	rm -rf build dist kdfast/_C*.so $(VENV)

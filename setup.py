@@ -1,7 +1,8 @@
 """Drives CMakeLists.txt, which alone knows sources and flags.
 
 KDFAST_CORE=auto|0|1: build the compiled core if this machine can (else warn and install the reference path alone), never
-build it (a pure Python wheel), or fail when it cannot be built. KDFAST_CMAKE_ARGS: more arguments for CMake.
+build it (a pure Python wheel), or fail when it cannot be built. KDFAST_CUDA=auto|0|1 does the same for the CUDA kernels in it,
+KDFAST_CUDA_ARCHS="90" or "80;90" names the GPUs they are built for. KDFAST_CMAKE_ARGS: more arguments for CMake.
 """
 
 import os
@@ -20,6 +21,9 @@ ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("KDFAST_CORE") or "auto"
 if MODE not in ("auto", "0", "1"):
     raise ValueError(f"KDFAST_CORE: expected auto, 0 or 1, got {MODE!r}")
+CUDA = os.environ.get("KDFAST_CUDA") or "auto"
+if CUDA not in ("auto", "0", "1"):
+    raise ValueError(f"KDFAST_CUDA: expected auto, 0 or 1, got {CUDA!r}")
 # Every build starts empty: a build/ in the source tree would put the last build's core or a deleted module in this wheel.
 BUILD = tempfile.TemporaryDirectory(prefix="kdfast-build-")
 
@@ -31,7 +35,12 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath("kdfast._C")).resolve()
         remove_core(target.parent)  # an editable install over an older one: a failed build must not leave that core
         try:
-            self._cmake(target)
+            try:
+                self._cmake(target, CUDA)
+            except subprocess.CalledProcessError:
+                if CUDA != "auto":
+                    raise
+                self._cmake(target, "0")  # a toolkit that cannot build the kernels costs the kernels, not the core
         except (OSError, subprocess.CalledProcessError, ImportError) as error:
             if MODE == "1":
                 raise
@@ -42,7 +51,7 @@ class CMakeBuild(build_ext):
                 stacklevel=2,
             )
 
-    def _cmake(self, target: Path) -> None:
+    def _cmake(self, target: Path, cuda: str) -> None:
         import pybind11  # a requirement of the build; absent only when someone builds without isolation and without it
 
         cmake = shutil.which("cmake") or "cmake"
@@ -50,6 +59,7 @@ class CMakeBuild(build_ext):
         configure = [
             cmake, "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DKDFAST_CUDA={cuda}", f"-DKDFAST_CUDA_ARCHS={os.environ.get('KDFAST_CUDA_ARCHS', '')}",
             *os.environ.get("KDFAST_CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         if shutil.which("ninja"):

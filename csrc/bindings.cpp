@@ -13,6 +13,18 @@ namespace py = pybind11;
 
 namespace kdfast {
 
+#ifdef KDFAST_CUDA
+void bind_cuda(py::module_& m);
+#else
+static void bind_cuda(py::module_& m) {
+  m.def("cuda_info", [] {
+    py::dict info;
+    info["built"] = false;
+    info["reason"] = "this build has no CUDA kernels";
+    return info;
+  });
+}
+#endif
 void bind_divergence(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_pairwise(py::module_& m);
@@ -51,6 +63,7 @@ static void bind_machine(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of kdfast: kernels over addresses.";
   kdfast::bind_machine(m);
+  kdfast::bind_cuda(m);
   kdfast::bind_divergence(m);
   kdfast::bind_memory(m);
   kdfast::bind_pairwise(m);

@@ -97,10 +97,9 @@ def backend_info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "pool": core.pool(),
         }
-    from kdfast import triton  # not at the top: kdfast.triton is above this module
+    from kdfast import cuda, triton  # not at the top: they are above this module
 
-    info["triton"] = triton.info()
-    info["cuda"] = {"available": False, "reason": "this build has no CUDA kernels"}
+    info["triton"], info["cuda"] = triton.info(), cuda.info()
     info["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     info["forced_backend"] = forced_backend()
     return info
