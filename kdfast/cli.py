@@ -1,4 +1,4 @@
-"""Entry point of the `kdfast` command: `kdfast distill`, `kdfast methods [slug]`, `kdfast doctor [--bench]`."""
+"""Entry point of the `kdfast` command: `kdfast distill`, `kdfast methods [slug]`, `kdfast cache-teacher`, `kdfast doctor [--bench]`."""
 
 from __future__ import annotations
 

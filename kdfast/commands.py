@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as RichTask
 from rich.table import Table
+from rich.text import Text
 
 from kdfast import backend_info, doctor
 from kdfast.catalogue import BASELINES, CATALOGUE, Row, find
@@ -98,6 +109,50 @@ def doctor_command(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command("cache-teacher")
+def cache_teacher_command(
+    model: Annotated[str, typer.Option(help="Causal LM: an id on the Hub or a folder.")],
+    data: Annotated[str, typer.Option(help="Data set id, .jsonl, .json, .parquet, .txt, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="Folder; a stopped run goes on where it was.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Classes kept per token.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="T of the softmax; a loss at another one refuses the cache.")
+    ] = 1.0,
+    log_probs: Annotated[str, typer.Option(help="float16, or uint8: smaller, with a greater error.")] = "float16",
+    vocab_size: Annotated[int | None, typer.Option(help="Logits that are tokens, of a padded head.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, bfloat16, float32, ...")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="auto: one teacher over all GPUs.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens in a row.")] = 1024,
+    packing: Annotated[bool, typer.Option("--packing", help="Join documents instead of cutting each.")] = False,
+    column: Annotated[str, typer.Option(help="Of the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Of the data set.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many documents.")] = None,
+    num_proc: Annotated[int | None, typer.Option(min=1, help="Processes that tokenize.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
+) -> None:
+    """Runs a teacher over text once; writes its top-k lists. On several GPUs: accelerate launch -m kdfast.cli cache-teacher ..."""
+    try:
+        from kdfast.data.teacher_cache import cache_teacher
+
+        with _token_progress() as (say, report):
+            cache = cache_teacher(
+                model, data, out, tokenizer=tokenizer, top_k=top_k, temperature=temperature, log_probs=log_probs,
+                vocab_size=vocab_size, revision=revision, dtype=dtype, device_map=device_map, batch_size=batch_size,
+                max_length=max_length, packing=packing, column=column, split=split, config=config, limit=limit,
+                num_proc=num_proc, on_start=say, on_progress=report,
+            )  # fmt: skip
+    except (ImportError, OSError, ValueError, TypeError) as error:
+        raise stop(error) from None
+    if _is_main_process():
+        totals = cache.manifest["totals"]
+        written = f"{totals['bytes']:,} bytes, {totals['lists']:,} lists of {cache.top_k} that hold {cache.kept_mass:.2%} of the mass"
+        console.print(written, highlight=False, soft_wrap=True)
+        console.print(f"cache: {out}", highlight=False, soft_wrap=True)
+
+
 # ---------------------------------------------------------------- pieces of the output
 def _options(pairs: list[str]) -> dict[str, Any]:
     """["temperature=2.0", "kind=js"] as {"temperature": 2.0, "kind": "js"}: JSON where it is JSON, else text."""
@@ -119,6 +174,42 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+class _TokenSpeed(ProgressColumn):
+    """Tokens a second since the progress began."""
+
+    def render(self, task: RichTask) -> Text:
+        return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "- tokens/s")
+
+
+@contextmanager
+def _token_progress() -> Iterator[tuple[Callable[[Any], None], Callable[[int, int], None]]]:
+    """(say, report) of the main process: a line before it starts, then tokens done, their speed and the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _TokenSpeed(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not _is_main_process(), speed_estimate_period=120) as progress:
+        task = progress.add_task("tokens", total=None, start=False)
+
+        def say(estimate: Any) -> None:
+            progress.console.print(str(estimate), highlight=False, soft_wrap=True)
+
+        def report(done: int, total: int) -> None:
+            if done == 0:
+                progress.start_task(task)
+            progress.update(task, completed=done, total=total)
+
+        yield (say if _is_main_process() else lambda estimate: None), report
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _table(results: dict[str, Any]) -> Table:

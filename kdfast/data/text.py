@@ -148,19 +148,23 @@ def load_text(data: Any, *, split: str = "train", config: str | None = None, rev
     raise ValueError(f"data: expected {', '.join(FORMATS)} or a folder of them, found none at {str(data)!r}")
 
 
-def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, Tensor]:
-    """Rows of different lengths as a batch: padded on the right with `pad_id`, label -100, attention mask 0."""
+def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0, length: int = 0) -> dict[str, Tensor]:
+    """Rows of different lengths as a batch: padded on the right with `pad_id` (to `length` at least), label -100, mask 0."""
     return {
-        "input_ids": padded([row["input_ids"] for row in rows], pad_id),
-        "attention_mask": padded([torch.ones_like(row["input_ids"]) for row in rows], 0),
-        "labels": padded([row["labels"] for row in rows], IGNORE),
+        "input_ids": padded([row["input_ids"] for row in rows], pad_id, length),
+        "attention_mask": padded([torch.ones_like(row["input_ids"]) for row in rows], 0, length),
+        "labels": padded([row["labels"] for row in rows], IGNORE, length),
         "row_id": torch.tensor([row["row_id"] for row in rows]),
     }
 
 
-def padded(tensors: Sequence[Tensor], value: float) -> Tensor:
-    """[B, L, ...] from tensors [L_b, ...], filled up with `value`."""
-    return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value)
+def padded(tensors: Sequence[Tensor], value: float, length: int = 0) -> Tensor:
+    """[B, L, ...] from tensors [L_b, ...], filled up with `value` to the longest, and to `length` at least."""
+    length = max(length, *(len(tensor) for tensor in tensors))
+    out = tensors[0].new_full((len(tensors), length, *tensors[0].shape[1:]), value)
+    for row, tensor in zip(out, tensors):
+        row[: len(tensor)] = tensor
+    return out
 
 
 # ---------------------------------------------------------------- tokenizers

@@ -1,0 +1,100 @@
+"""The run that the tests of the cache start, kill and start again: cache_run.py <out>, or cache_run.py kills <folder>."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from lm import TEXTS, llama, tokenizer
+
+from kdfast.data.teacher_cache import cache_teacher, store
+
+OPTIONS = {"top_k": 12, "log_probs": "uint8", "batch_size": 4, "rows_per_shard": 8}
+# Where a run is killed, around shard 2: the manifest is begun; before the file, half of it, after its rename; after its line; when
+# all shards are there; when the manifest lists them and the lines are not yet deleted.
+KILLS = ("begun", "before", "half", "file", "line", "end", "sealed")
+
+
+def rows():
+    """Of different lengths, with prompts in some; made without `datasets`, which takes seconds to import."""
+    found = []
+    for i, document in enumerate(TEXTS):
+        tokens = torch.tensor([*tokenizer()(document)["input_ids"], 0][:48])
+        labels = tokens.clone()
+        if i % 5 == 0:
+            labels[:6] = -100
+        found.append({"input_ids": tokens, "labels": labels, "row_id": i})
+    return found
+
+
+def run(out):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same sums in every process
+    try:
+        return cache_teacher(llama(), rows(), out, tokenizer=tokenizer(), **OPTIONS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def die(when: str) -> None:
+    """Makes this process kill itself at one of KILLS."""
+    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    write_bytes, write_text = store.write_bytes, store.write_text
+
+    def of_bytes(path, data):
+        here = path.name == "shard-00002.safetensors"
+        if here and when == "before":
+            kill()
+        if here and when == "half":
+            path.with_name(path.name + ".1.tmp").write_bytes(data[: len(data) // 2])
+            kill()
+        write_bytes(path, data)
+        if here and when == "file":
+            kill()
+
+    def of_text(path, content):
+        manifest = path.name == "manifest.json"
+        write_text(path, content)
+        if (path.name, when) == ("shard-00002.json", "line"):
+            kill()
+        if manifest and when == ("sealed" if "totals" in content else "begun"):
+            kill()
+
+    store.write_bytes, store.write_text = of_bytes, of_text
+    if when == "end":
+        store.finish = lambda *arguments: kill()
+
+
+def kills(folder: Path) -> None:
+    """A child for each of KILLS, forked before torch has computed anything and so has no threads; prints how each ended."""
+    import accelerate  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401  here once, not in every child
+
+    for when in KILLS:
+        child = os.fork()
+        if child == 0:
+            die(when)
+            run(folder / when)
+            os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        print(when, os.WTERMSIG(status), flush=True)
+
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if sys.argv[1] == "kills":
+        kills(Path(sys.argv[2]))
+    else:
+        computed, write_shard = [], store._write_shard
+        store._write_shard = lambda *arguments: computed.append(arguments[3]) or write_shard(*arguments)
+        run(Path(sys.argv[1]))
+        print("computed", json.dumps(computed))
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
