@@ -160,7 +160,7 @@ def apart(slug: str, seconds: float) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.method_costs")
     parser.add_argument("slugs", nargs="*", help="methods to measure again; default: all that have no result")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of rounds for each method")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of rounds for each method")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the process of one method
     given = parser.parse_args(arguments)
