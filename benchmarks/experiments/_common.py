@@ -106,6 +106,22 @@ def run_tasks(
     return write(out, {"data": data, "sentences": said})
 
 
+def seed_rows(
+    name: str, seeds: int, key: str, make: Callable[[int], dict[str, Any]], work: Path | None
+) -> list[dict[str, Any]]:  # fmt: skip
+    """make(seed) of every seed, for an experiment with a loop of its own: read where `work` holds it under `key`, else made and written."""
+    folder = RUNS / name if work is None else work
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(seeds):
+        path = folder / f"{seed}-{key}.json"
+        if not path.exists():
+            print(f"{name}: seed {seed}", flush=True)
+            write_text(path, json.dumps(make(seed)))
+        rows.append(json.loads(path.read_text()))
+    return rows
+
+
 def measure_sentence(results: Mapping[str, Any], name: str, arm: str, against: str, *, scale: float = 100.0) -> str:
     """Of a measured number, paired by seed: lower, higher or no difference (95 % interval), with means and standard errors."""
     values, baseline = (results["arms"][one]["measures"][name] for one in (arm, against))

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import kdfast
-from benchmarks.experiments._common import RUNS, write
-from kdfast._files import write_text
+from benchmarks.experiments._common import seed_rows, write
 from kdfast.data import models
 from kdfast.data.digits import narrow_mlp
 from kdfast.data.pruning import ForgettingTracker, el2n, select
@@ -45,16 +44,9 @@ def run(
     settings = {"steps": steps, "shares": list(shares), "alphas": list(alphas), "batch": BATCH, "lr": LR}
     if out.exists() and (stored := json.loads(out.read_text()))["settings"] == settings and stored["n"] >= seeds:
         return stored
-    work = work or RUNS / "kd_data_pruning"
-    work.mkdir(parents=True, exist_ok=True)
-    rows, key = [], "-".join("_".join(f"{value:g}" for value in values) for values in (shares, alphas))
+    key = "-".join([str(steps), *("_".join(f"{value:g}" for value in values) for values in (shares, alphas))])
     with threads(1):  # the networks are small: a second thread only waits
-        for seed in range(seeds):
-            path = work / f"{seed}-{steps}-{key}.json"
-            if not path.exists():
-                print(f"kd_data_pruning: seed {seed}", flush=True)
-                write_text(path, json.dumps(one_seed(seed, steps, shares, alphas)))
-            rows.append(json.loads(path.read_text()))
+        rows = seed_rows("kd_data_pruning", seeds, key, lambda seed: one_seed(seed, steps, shares, alphas), work)
     results = {
         "settings": settings, "n": seeds, "teacher": [row["teacher"] for row in rows],
         "scores": {key: {part: [row["scores"][key][part] for row in rows] for part in ("val", "test")} for key in rows[0]["scores"]},

@@ -22,8 +22,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, RandomSampler
 
 import kdfast
-from benchmarks.experiments._common import RUNS, write
-from kdfast._files import write_text
+from benchmarks.experiments._common import seed_rows, write
 from kdfast.data import NamedRows
 from kdfast.data.digit_turns import turn_splits
 from kdfast.data.rotations import rotate4
@@ -55,15 +54,8 @@ def run(
     settings = {"steps": steps, "probe_steps": probe_steps, "counts": list(counts), "batch": BATCH, "lr": LR}
     if out.exists() and (stored := json.loads(out.read_text()))["settings"] == settings and stored["n"] >= seeds:
         return stored
-    work = work or RUNS / "rotnet"
-    work.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in range(seeds):
-        path = work / f"{seed}-{steps}-{probe_steps}-{'-'.join(map(str, counts))}.json"
-        if not path.exists():
-            print(f"rotnet: seed {seed}", flush=True)
-            write_text(path, json.dumps(one_seed(seed, steps, probe_steps, counts)))
-        rows.append(json.loads(path.read_text()))
+    key = f"{steps}-{probe_steps}-{'-'.join(map(str, counts))}"
+    rows = seed_rows("rotnet", seeds, key, lambda seed: one_seed(seed, steps, probe_steps, counts), work)
     accuracies = {
         name: {str(count): [row["accuracy"][name][str(count)] for row in rows] for count in counts} for name in NETWORKS
     }
