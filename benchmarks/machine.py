@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import os
@@ -16,6 +15,9 @@ import torch
 
 import kdfast
 from benchmarks.baselines import peers
+from kdfast.metrics.memory import reset_peak, resident
+
+__all__ = ["reset_peak", "resident"]  # for the cases
 
 ROOT = Path(__file__).resolve().parent.parent
 # A number of an op stands until one of these changes: what every op shares ...
@@ -35,6 +37,10 @@ STANDS_ON = {
 }
 
 
+# ... and of one op alone.
+OF_ONE = {"linear_divergence": ("benchmarks/large.py",)}
+
+
 def git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -48,7 +54,7 @@ def sources(op: str) -> list[Path]:
         for file in sorted((ROOT / folder).glob("*"))
         if file.suffix in (".py", ".cpp", ".h") and file.stem.removeprefix("bind_").startswith(names)
     ]
-    return [ROOT / name for name in SHARED] + own
+    return [ROOT / name for name in (*SHARED, *OF_ONE.get(op, ()))] + own
 
 
 @functools.cache
@@ -110,31 +116,3 @@ def copy_bandwidth(megabytes: int = 256, rounds: int = 9) -> float:
         target.copy_(source)
         times.append(time.perf_counter() - start)
     return 2 * source.numel() * 4 / statistics.median(times)
-
-
-def resident() -> tuple[int, int]:
-    """(bytes resident now, highest since the last reset)."""
-    values = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key in ("VmRSS", "VmHWM"):
-            values[key] = int(value.split()[0]) * 1024
-    return values["VmRSS"], values["VmHWM"]
-
-
-def reset_peak() -> bool:
-    """Sets the kernel's resident high-water mark of this process to what is resident now; False where that is not allowed.
-
-    First the allocator and kdfast give their free pages back: a block taken from a free list that is still resident would
-    cost nothing.
-    """
-    kdfast.release_memory()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
-        return False
-    trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True

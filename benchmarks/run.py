@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 import kdfast
-from benchmarks import accuracy, cases, machine, report
+from benchmarks import accuracy, cases, large, machine, report
 from benchmarks.case import ALLOCATORS, OURS, Case
 
 RESULTS = Path(__file__).with_name("results")
@@ -118,9 +118,9 @@ def run_case(case: Case, done: dict[str, tuple[bool, str]]) -> bool:
         print(f"  RED, no number: {result['tests']}")
     else:
         result["rows"] = []
-        for allocator in ALLOCATORS:
+        for allocator in ("default",) if isinstance(case, large.LargeCase) else ALLOCATORS:
             print(f"  measuring, {allocator} allocator", flush=True)
-            records = measure(case, allocator)
+            records = large.measure(case) if isinstance(case, large.LargeCase) else measure(case, allocator)
             for record in records:
                 result["rows"] += rows_of(record, case, allocator)
                 result["missing_peers"] = record["extra_info"]["missing"]

@@ -78,6 +78,54 @@ def distill(
     console.print(f"report: {out / 'report.md'}", highlight=False, soft_wrap=True)
 
 
+@app.command("distill-lm")
+def distill_lm(
+    teacher: Annotated[
+        str | None, typer.Option(help="Id or folder of transformers; default: a small one, trained here.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Id or folder of transformers; default: a small one, from scratch.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Id, file or folder with a text column; default: Python's standard library.")
+    ] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="By commas: ce; a divergence, as in js; topk_<divergence>, from the cache.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0 to SEEDS-1.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a student.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder; a stopped run goes on where it was.")] = Path("runs/lm"),
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of the small teacher.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a step.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of students; default 4e-3 from scratch, 2e-5 by name.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the divergences and of the cache.")] = 1.0,
+) -> None:
+    """Trains a small teacher language model, caches it, distils students from it; or real models by name. Writes a report."""
+    try:
+        from kdfast import lm_experiment
+        from kdfast.lm_report import cost_sentences
+
+        given = {
+            "teacher": teacher, "student": student, "data": data, "steps": steps, "teacher_steps": teacher_steps, "batch_size": batch_size,
+            "length": length, "lr": lr, "temperature": temperature,
+            "arms": None if kinds is None else tuple(kind.strip() for kind in kinds.split(",")),
+        }  # fmt: skip
+        settings = lm_experiment.Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        with _progress() as report:
+            results = lm_experiment.run(settings, seeds=seeds, out=out, on_progress=report)
+    except (ImportError, ValueError, TypeError, OSError) as error:
+        raise stop(error) from None
+    console.print(_lm_table(results))
+    for comparison in results["comparisons"]:
+        console.print("- " + comparison["sentence"], highlight=False)
+    for text in cost_sentences(results["cost"]):
+        console.print("- " + text, highlight=False)
+    console.print(f"report: {out / 'report.md'}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def methods(slug: Annotated[str | None, typer.Argument(help="Show one method in full.")] = None) -> None:
     """Lists the catalogue: what exists, from which paper, with which ops."""
@@ -220,6 +268,18 @@ def _table(results: dict[str, Any]) -> Table:
         error = arm["standard_error"]
         shown = "-" if error is None else f"{100 * error:.2f}"
         table.add_row(name, f"{100 * arm['mean']:.2f}", shown, str(arm["n"]), f"{arm['ms_per_step']:.2f}")
+    return table
+
+
+def _lm_table(results: dict[str, Any]) -> Table:
+    table = Table(title="student language models", title_justify="left")
+    for heading in ("arm", "validation bits per byte", "standard error", "n", "tokens/s"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    table.add_row("teacher", f"{results['teacher']['bits_per_byte']:.4f}", "-", "1", "")
+    for name, arm in results["arms"].items():
+        error = arm["standard_error"]
+        shown = "-" if error is None else f"{error:.4f}"
+        table.add_row(name, f"{arm['mean']:.4f}", shown, str(arm["n"]), f"{arm['tokens_per_second']:.0f}")
     return table
 
 

@@ -168,7 +168,7 @@ def run(
             for arm in arms
         }
     out = Path(out)
-    _claim(out, settings)
+    claim(out, settings)
     names = [*_teacher(task, arms), *(arm.name for arm in arms)]
     pieces: dict[str, Callable[[int], dict[str, Any]]] = {"teacher": lambda seed: _train_teacher(task, seed, out)}
     pieces |= {arm.name: partial(_train_arm, task, arm, steps=steps, out=out, measure=measure) for arm in arms}
@@ -178,7 +178,7 @@ def run(
         for seed in range(seeds):
             for name in names:
                 on_progress(f"seed {seed}: {name}", len(rows), total)
-                row = _once(out / "runs" / f"{name}-{seed}.json", partial(pieces[name], seed))
+                row = once(out / "runs" / f"{name}-{seed}.json", partial(pieces[name], seed))
                 rows.append({"arm": name, "seed": seed, **row})
     on_progress("report", total, total)
     results = _results(task, settings, names, [arm.name for arm in arms], rows)
@@ -193,7 +193,7 @@ def run(
 
 
 # ---------------------------------------------------------------- the pieces
-def _claim(out: Path, settings: Mapping[str, Any]) -> None:
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
     """Pieces of different settings must not be mixed in one folder."""
     (out / "runs").mkdir(parents=True, exist_ok=True)
     path, text = out / "settings.json", json.dumps(settings, indent=1)
@@ -213,7 +213,7 @@ def threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not path.exists():
         write_text(path, json.dumps(make()))
     return json.loads(path.read_text())

@@ -1,10 +1,12 @@
 """LM heads: output layer and divergence from hidden states, at the vocabulary of Qwen. Time, and above all peak memory.
 
-torch.compile is left out: its code generator keeps the logits as well, and takes minutes for these shapes.
+The plain form under torch.compile is left out: its code generator keeps the logits as well, and takes minutes for these shapes.
+KDFAST_BENCH_HEAD="64,512,16": rows, classes and width of a trial at another size.
 """
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor
 
 from benchmarks.baselines import linear as plain
 from benchmarks.baselines import peers
-from benchmarks.case import PLAIN, Case, Inputs, Target
+from benchmarks.case import PLAIN, Inputs, Target
+from benchmarks.large import LargeCase
 from kdfast.losses import linear_distillation_loss
 
-ROWS, CLASSES, WIDTH = 2048, 151936, 512
+ROWS, CLASSES, WIDTH = map(int, os.environ.get("KDFAST_BENCH_HEAD", "2048,151936,512").split(","))
 
 
 def head(rows: int, classes: int, width: int, dtype: torch.dtype, teacher_width: int | None = None) -> Inputs:
@@ -64,18 +67,23 @@ TORCHTUNE, LIGER, LIGER_JS, TORCH = (
     "F.linear_cross_entropy",
 )
 
+Case = partial(
+    LargeCase, per_row=("hidden", "teacher_hidden", "labels"), leaves=("hidden", "weight"), compiled=False, tests=TESTS
+)
+SHAPE = f"{CLASSES}, H {WIDTH}"
+
 CASES = (
     Case(
-        name="linear_forward_kl_2048x151936_h512_fp32", op="linear_divergence", title="LM head + forward KL", shape="2048x151936, H 512",
+        name="linear_forward_kl_2048x151936_h512_fp32", op="linear_divergence", title="LM head + forward KL", shape=f"{ROWS}x{SHAPE}",
         dtype="float32", inputs=partial(head, ROWS, CLASSES, WIDTH, torch.float32), ours=ours, plain=plain.forward_kl,
-        traffic=traffic(ROWS, CLASSES, WIDTH, 4), leaves=("hidden", "weight"), compiled=False, tests=TESTS,
+        traffic=traffic(ROWS, CLASSES, WIDTH, 4),
         peers={TORCHTUNE: plain.torchtune_chunks, LIGER: partial(peers.liger_head, 0.0), TORCH: peers.torch_linear_cross_entropy},
         targets=targets(TORCHTUNE, LIGER, TORCH),
     ),
     Case(
-        name="linear_forward_kl_2048x151936_h512_bf16", op="linear_divergence", title="LM head + forward KL, bf16", shape="2048x151936, H 512",
+        name="linear_forward_kl_2048x151936_h512_bf16", op="linear_divergence", title="LM head + forward KL, bf16", shape=f"{ROWS}x{SHAPE}",
         dtype="bfloat16", inputs=partial(head, ROWS, CLASSES, WIDTH, torch.bfloat16), ours=ours, plain=plain.forward_kl,
-        traffic=traffic(ROWS, CLASSES, WIDTH, 2), leaves=("hidden", "weight"), compiled=False, tests=TESTS,
+        traffic=traffic(ROWS, CLASSES, WIDTH, 2),
         peers={
             TORCHTUNE: plain.torchtune_chunks, LIGER: partial(peers.liger_head, 0.0),
             "softmax in bf16": plain.half_precision_softmax,
@@ -83,9 +91,9 @@ CASES = (
         targets=targets(TORCHTUNE, LIGER),
     ),
     Case(
-        name="linear_js_512x151936_h512_bf16", op="linear_divergence", title="LM head + JS, bf16", shape="512x151936, H 512",
-        dtype="bfloat16", inputs=partial(head, 512, CLASSES, WIDTH, torch.bfloat16), ours=partial(ours, kind="js"), plain=plain.js,
-        traffic=traffic(512, CLASSES, WIDTH, 2), leaves=("hidden", "weight"), compiled=False, tests=TESTS,
+        name="linear_js_512x151936_h512_bf16", op="linear_divergence", title="LM head + JS, bf16", shape=f"{ROWS // 4}x{SHAPE}",
+        dtype="bfloat16", inputs=partial(head, ROWS // 4, CLASSES, WIDTH, torch.bfloat16), ours=partial(ours, kind="js"), plain=plain.js,
+        traffic=traffic(ROWS // 4, CLASSES, WIDTH, 2),
         peers={LIGER_JS: partial(peers.liger_head, 0.5)}, targets=targets(LIGER_JS),
     ),
 )  # fmt: skip

@@ -19,10 +19,13 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "standard_error": math.sqrt(variance / n), "n": n}
 
 
-def compare(values: Sequence[float], baseline: Sequence[float], *, level: float = 0.95) -> dict[str, Any]:
+def compare(
+    values: Sequence[float], baseline: Sequence[float], *, level: float = 0.95, lower_is_better: bool = False
+) -> dict[str, Any]:
     """Student's t interval of the mean paired difference, and "gain", "loss", "no difference" or (one seed) "not decided".
 
-    A gain is said when the whole interval lies above 0, a loss when it lies below. The seeds pair the values.
+    A gain is said when the whole interval lies above 0 (below it, when lower is better), a loss when it lies on the other side.
+    The seeds pair the values.
 
     >>> compare([0.93, 0.92, 0.94], [0.90, 0.89, 0.90])["verdict"]
     'gain'
@@ -36,7 +39,8 @@ def compare(values: Sequence[float], baseline: Sequence[float], *, level: float 
 
     reach = float(t.ppf(0.5 + level / 2, difference["n"] - 1)) * difference["standard_error"]
     low, high = difference["mean"] - reach, difference["mean"] + reach
-    verdict = "gain" if low > 0 else "loss" if high < 0 else "no difference"
+    above, below = ("loss", "gain") if lower_is_better else ("gain", "loss")
+    verdict = above if low > 0 else below if high < 0 else "no difference"
     return {**difference, "low": low, "high": high, "level": level, "verdict": verdict}
 
 
@@ -48,15 +52,26 @@ def mean_and_error(values: Sequence[float], *, scale: float = 100.0, digits: int
 
 
 def sentence(
-    name: str, values: Sequence[float], other: str, baseline: Sequence[float], *, score: str = "accuracy"
+    name: str,
+    values: Sequence[float],
+    other: str,
+    baseline: Sequence[float],
+    *,
+    score: str = "accuracy",
+    unit: str | None = None,
+    scale: float = 100.0,
+    digits: int = 1,
+    lower_is_better: bool = False,
 ) -> str:
-    """What the numbers say, in words."""
-    found = compare(values, baseline)
-    start = f"{name} {mean_and_error(values)} against {other} {mean_and_error(baseline)} (test {score} in %, n = {found['n']})"
+    """What the numbers say, in words. unit: what is measured, where it is not the test `score` in percent."""
+    found = compare(values, baseline, lower_is_better=lower_is_better)
+    first, second = (mean_and_error(each, scale=scale, digits=digits) for each in (values, baseline))
+    unit = f"test {score} in %" if unit is None else unit
+    start = f"{name} {first} against {other} {second} ({unit}, n = {found['n']})"
     if found["low"] is None:
         return f"{start}: one seed decides nothing."
-    interval = f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f}"
+    mean, low, high = (f"{scale * found[key]:+.{digits + 1}f}" for key in ("mean", "low", "high"))
     return (
-        f"{start}: {found['verdict']}; the paired difference is {100 * found['mean']:+.2f}, "
-        f"{100 * found['level']:.0f} % interval {interval}."
+        f"{start}: {found['verdict']}; the paired difference is {mean}, "
+        f"{100 * found['level']:.0f} % interval {low} to {high}."
     )
