@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 # Development targets use the active environment if there is one.
 ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
 
-.PHONY: demo test test-isa test-triton triton-table cuda cuda-table sanitize lint check-install wheel bench experiments method-costs methods-page leaderboard core clean
+.PHONY: demo distill-lm test test-isa test-triton triton-table cuda cuda-table sanitize lint check-install wheel bench experiments method-costs methods-page leaderboard core clean
 
 # The environment: an editable install with the compiled core next to the sources, again when sources of the core change.
 # The test extra holds only what a first run needs; pip takes the build tools into an environment of its own.
@@ -26,6 +26,12 @@ $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 # Ends with the path of the report. DEMO: options that win, `make demo DEMO="--method kd --seeds 1"`.
 demo: $(READY)
 	$(BIN)/kdfast distill --data digits --method sinkd --seeds 5 --out runs/demo $(DEMO)
+
+# The second main job: a small teacher language model, its cache and students, with the default settings; then the result that is kept,
+# its figure and its table in docs/language-models.md. A stopped run goes on. LM: options that win.
+distill-lm: $(if $(VIRTUAL_ENV),,$(READY))
+	$(ACTIVE) -m kdfast.cli distill-lm --out runs/lm $(LM)
+	$(ACTIVE) tools/lm_page.py runs/lm
 
 # The whole suite, on the compiled core; as a module, so that the tests see benchmarks/. ARGS: more for pytest, `make test ARGS="-k sinkhorn"`.
 test: $(READY)

@@ -115,7 +115,8 @@ def run(
         ValueError: settings that contradict each other, or an `out` that holds a run with other settings.
         ImportError: without the hf extra.
     """
-    needs("transformers", "hf")
+    needs("transformers", "hf").utils.logging.disable_progress_bar()  # there is one bar, ours
+    needs("datasets", "hf").disable_progress_bars()
     if seeds < 1:
         raise ValueError(f"seeds: expected >= 1, got {seeds}")
     out = Path(out)
@@ -167,7 +168,7 @@ class Job:
         size = 0
         for text in texts["text"]:
             parts[split_of(text)].append(text)  # by the hash of the text: a copy is never on the other side
-        val = []
+        val: list[str] = []
         for text in parts["val"]:
             size += len(text.encode())
             if val and size > s.val_bytes:
@@ -297,7 +298,7 @@ class Job:
     def fit(
         self,
         name: str,
-        model: nn.Module,
+        model: Any,
         teacher: nn.Module | None,
         loss: LanguageLoss,
         rows: Any,

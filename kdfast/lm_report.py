@@ -42,7 +42,7 @@ def cost_sentences(cost: dict[str, Any]) -> list[str]:
             f"{max(speed, 1 / speed):.2f} times {word}"
         )
         if ours["peak_mb"] is not None:
-            text += f"; peak memory {ours['peak_mb']:.0f} MB against {plain['peak_mb']:.0f}, {ours['peak_mb'] / plain['peak_mb']:.2f} of it"
+            text += f"; peak memory {ours['peak_mb']:.1f} MB against {plain['peak_mb']:.1f}, {ours['peak_mb'] / plain['peak_mb']:.2f} of it"
         found.append(text + ".")
     return found
 
