@@ -1,4 +1,7 @@
-"""The run that the tests of the cache start, kill and start again: cache_run.py <out>, or cache_run.py kills <folder>."""
+"""The runs that the tests of the cache kill, and share between two ranks: cache_run.py <folder> <port>.
+
+All are forks of one process that has imported everything and computed nothing, so that it has no threads: an import takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -71,30 +75,46 @@ def die(when: str) -> None:
         store.finish = lambda *arguments: kill()
 
 
-def kills(folder: Path) -> None:
-    """A child for each of KILLS, forked before torch has computed anything and so has no threads; prints how each ended."""
+def share(out, rank: int, port: str) -> None:
+    """One of two ranks, which tells the shards it made."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    computed, write_shard = [], store._write_shard
+    store._write_shard = lambda *arguments: computed.append(arguments[3]) or write_shard(*arguments)
+    run(out)
+    print(f"rank-{rank}", json.dumps(computed), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def killed(out, when: str) -> None:
+    die(when)
+    run(out)
+
+
+def forked(work, *arguments) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            work(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def main(folder: Path, port: str) -> None:
+    """Prints how each run ended: a name and its status, or what it made."""
     import accelerate  # noqa: F401
     import safetensors.torch  # noqa: F401
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401  here once, not in every child
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
     for when in KILLS:
-        child = os.fork()
-        if child == 0:
-            die(when)
-            run(folder / when)
-            os._exit(1)
-        status = os.waitpid(child, 0)[1]
-        print(when, os.WTERMSIG(status), flush=True)
+        print(when, os.waitpid(forked(killed, folder / when, when), 0)[1], flush=True)
+    ranks = [forked(share, folder / "two", rank, port) for rank in (0, 1)]
+    for rank in ranks:
+        os.waitpid(rank, 0)
 
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if sys.argv[1] == "kills":
-        kills(Path(sys.argv[2]))
-    else:
-        computed, write_shard = [], store._write_shard
-        store._write_shard = lambda *arguments: computed.append(arguments[3]) or write_shard(*arguments)
-        run(Path(sys.argv[1]))
-        print("computed", json.dumps(computed))
-    if "RANK" in os.environ:
-        torch.distributed.destroy_process_group()
+    main(Path(sys.argv[1]), sys.argv[2])

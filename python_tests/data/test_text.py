@@ -1,7 +1,9 @@
 """Rows of token ids from every kind of text: same rows from each, nothing lost in packing, labels and ids as said."""
 
+import ast
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,3 +123,13 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"comes with the 'hf' extra .*pip install 'kdfast\[hf\]'"):
         text.token_rows(TEXTS, tokenizer())
+
+
+def test_no_package_of_an_extra_is_imported_before_it_is_needed():
+    folder = Path(text.__file__).parent
+    for path in (folder / "text.py", *(folder / "teacher_cache").glob("*.py"), folder.parent / "nn" / "causal_lm.py"):
+        imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        roots = {
+            name.split(".")[0] for node in imports for name in [getattr(node, "module", None) or node.names[0].name]
+        }
+        assert roots <= {*sys.stdlib_module_names, "torch", "numpy", "kdfast"} and len(imports) > 2, path
