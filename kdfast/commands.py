@@ -243,7 +243,8 @@ def _token_progress() -> Iterator[tuple[Callable[[Any], None], Callable[[int, in
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not _is_main_process(), speed_estimate_period=120) as progress:
-        task = progress.add_task("tokens", total=None, start=False)
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        task = progress.add_task("tokens" if world == 1 else f"tokens of process 1 of {world}", total=None, start=False)
 
         def say(estimate: Any) -> None:
             progress.console.print(str(estimate), highlight=False, soft_wrap=True)

@@ -81,7 +81,7 @@ def share(out, rank: int, port: str) -> None:
     computed, write_shard = [], store._write_shard
     store._write_shard = lambda *arguments: computed.append(arguments[3]) or write_shard(*arguments)
     run(out)
-    print(f"rank-{rank}", json.dumps(computed), flush=True)
+    out.with_name(f"rank-{rank}.json").write_text(json.dumps(computed))
     torch.distributed.destroy_process_group()
 
 
@@ -103,16 +103,15 @@ def forked(work, *arguments) -> int:
 
 
 def main(folder: Path, port: str) -> None:
-    """Prints how each run ended: a name and its status, or what it made."""
+    """Writes how each run ended to <folder>/ended.json, and rank-<rank>.json the shards of each rank."""
     import accelerate  # noqa: F401
     import safetensors.torch  # noqa: F401
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-    for when in KILLS:
-        print(when, os.waitpid(forked(killed, folder / when, when), 0)[1], flush=True)
+    ended = {when: os.waitpid(forked(killed, folder / when, when), 0)[1] for when in KILLS}
     ranks = [forked(share, folder / "two", rank, port) for rank in (0, 1)]
-    for rank in ranks:
-        os.waitpid(rank, 0)
+    ended["ranks"] = [os.waitpid(rank, 0)[1] for rank in ranks]
+    (folder / "ended.json").write_text(json.dumps(ended))
 
 
 if __name__ == "__main__":

@@ -232,9 +232,10 @@ def test_the_command(tmp_path, capsys):
         return stopped.value.code, *capsys.readouterr()
 
     options = ["--top-k", "8", "--max-length", "32", "--packing", "--batch-size", "4"]
-    for _ in range(2):  # the second finds it finished
+    for again in (False, True):  # the second finds it finished
         code, printed, errors = call(*options)
         assert code == 0, errors
+        assert again or ("tokens/s" in printed and "ETA" in printed)
         cache = TeacherCache(
             tmp_path / "out", tokenizer=text.load_tokenizer(tmp_path / "model"), top_k=8, temperature=1.0
         )

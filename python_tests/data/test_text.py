@@ -82,6 +82,14 @@ def test_token_ids_are_taken_as_they_are():
     assert as_lists(packed) == [[5, 6, 7, 8], [9, 3]] and packed[1]["labels"].tolist() == [-100, 3]
 
 
+def test_other_names_are_ids_on_the_hub(monkeypatch):
+    asked = []
+    table = datasets.Dataset.from_dict({"content": TEXTS[:2]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: asked.append((names, options)) or table)
+    rows = text.token_rows("some/corpus", tokenizer(), column="content", split="test[:2]", config="en", revision="abc")
+    assert asked == [(("some/corpus", "en"), {"split": "test[:2]", "revision": "abc"})] and len(rows) == 2
+
+
 def test_limit_and_a_bare_tokenizer():
     bare = tokenizer().backend_tokenizer
     rows = text.token_rows(TEXTS, bare, limit=3)

@@ -50,6 +50,7 @@ def cache_features(
     As `cache_teacher`: resumable, shared out among accelerate's processes, under the same checked manifest.
 
     Args:
+        model: put on this process's device, run in eval mode.
         data: rows (inputs, ...) or inputs alone, or dicts of the model's keyword arguments (and "labels", which it does not get).
             All of one shape, and the same every time they are read: a row that is not (random augmentation) is an error.
         layers: {name: dotted path of a submodule}; of a tuple the first tensor counts. output: name for what the model returns, or None.

@@ -135,7 +135,7 @@ def cache_teacher(
     }
     make = _Lists(teacher, rows, classes, top_k, temperature, log_probs, batch_size, pad_id)
     with evaluating(teacher), torch.inference_mode():
-        fill(out, manifest, make, lengths.tolist(), on_progress)
+        fill(out, manifest, make, lengths.tolist(), on_progress, _kept_mass)
     return TeacherCache(out)
 
 
@@ -178,7 +178,7 @@ class _Lists:
             **pack_lists(ids, log_probs, tail, self.form, self.classes),
         }
         kept_mass = float((1 - tail.double()).sum())
-        return tensors, {"tokens": int(lengths.sum()), "lists": len(tail), "kept_mass": kept_mass}
+        return tensors, {"tokens": int(lengths.sum()), "lists": len(tail), "kept_mass_sum": kept_mass}
 
     def _batch(self, rows: Sequence[Mapping[str, Any]], count: int) -> tuple[Tensor, ...]:
         batch = collate_rows(rows, self.pad_id)
@@ -195,6 +195,11 @@ class _Lists:
             row = rows[int(kept.nonzero()[int(bad.int().argmax()), 0])]["row_id"]
             raise ValueError(f"model: expected finite logits, got NaN or infinity in row {row}")
         return ids, log_probs, tail
+
+
+def _kept_mass(totals: Mapping[str, Any]) -> dict[str, float]:
+    """Of a list, on the average: the share of the teacher's mass that the k classes have."""
+    return {"kept_mass": totals["kept_mass_sum"] / max(totals["lists"], 1)}
 
 
 def logit_chunks(states: States, kept: Tensor, classes: int) -> Iterator[Tensor]:

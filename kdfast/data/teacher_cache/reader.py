@@ -53,7 +53,7 @@ class TeacherCache(Dataset):
         self.top_k: int = settings["top_k"]
         self.vocab_size: int = settings["vocab_size"]
         self.pad_id: int = self.manifest["about"]["pad_id"]
-        self.kept_mass: float = self.manifest["totals"]["kept_mass"] / max(self.manifest["totals"]["lists"], 1)
+        self.kept_mass: float = self.manifest["kept_mass"]
         expected = {"temperature": temperature, "top_k": top_k, "vocab_size": vocab_size}
         for name, value in expected.items():
             if value is not None and value != settings[name]:

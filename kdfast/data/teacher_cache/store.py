@@ -41,12 +41,18 @@ class CacheError(ValueError):
 
 # ---------------------------------------------------------------- writing
 def fill(
-    folder: Path, manifest: dict[str, Any], make: MakeShard, work: Sequence[int], on_progress: Progress | None
+    folder: Path,
+    manifest: dict[str, Any],
+    make: MakeShard,
+    work: Sequence[int],
+    on_progress: Progress | None,
+    summary: Callable[[dict[str, Any]], dict[str, Any]] = lambda totals: {},
 ) -> None:
     """Writes the shards that are not there, shared out among accelerate's processes, then the list of all.
 
     manifest: kind, settings (what decides the content: equal or an error when a run goes on), about, rows, rows_per_shard.
     work: of each row, in the unit of on_progress(done, total), which is told the share of this process.
+    summary: what the finished manifest says besides, of the sums of the shards' numbers.
     """
     state = processes()
     stored = begin(folder, manifest, state.is_main_process)
@@ -76,7 +82,7 @@ def fill(
         _write_shard(folder, stored["id"], part, part.start // size, tensors, facts)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish(folder, stored)
+        finish(folder, stored, summary)
     state.wait_for_everyone()
 
 
@@ -109,12 +115,12 @@ def begin(folder: Path, manifest: dict[str, Any], write: bool) -> dict[str, Any]
     return manifest
 
 
-def finish(folder: Path, manifest: dict[str, Any]) -> None:
+def finish(folder: Path, manifest: dict[str, Any], summary: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """The manifest with its shards; then their lines, and what a kill left behind, are needed no more."""
     count = -(-manifest["rows"] // manifest["rows_per_shard"])
     lines = [json.loads(_line(folder, number).read_text()) for number in range(count)]
     totals = {key: sum(line[key] for line in lines) for key in lines[0] if key not in ("file", "sha256", "first_row")}
-    _seal(folder, manifest | {"shards": lines, "totals": totals})
+    _seal(folder, manifest | {"shards": lines, "totals": totals, **summary(totals)})
     _sweep(folder)
 
 
