@@ -112,6 +112,13 @@ def generalized_jsd_loss(student, teacher, labels=None, beta=0.5, temperature=1.
     return rows.sum() / student.shape[0] if labels is None else kept_mean(rows, labels)
 
 
+def chunked_divergence_loss(hidden, teacher_hidden, weight, teacher_weight, mask, beta, temperature=1.0):
+    log_q, log_p = log_probs(hidden @ weight.T, teacher_hidden @ teacher_weight.T, temperature)
+    rows = jsd_rows(log_q, log_p, beta)
+    entropy = -(log_q.exp() * log_q).sum(-1)
+    return (rows * mask).sum() / mask.sum(), (entropy * mask).sum().detach(), mask.sum()
+
+
 class ForwardKLLoss:
     """torchtune: the cross term - sum p log q."""
 
@@ -199,6 +206,7 @@ PEERS = {
     "KLDivergence": KLDivergence,
     "LogitsDistillationLoss": LogitsDistillationLoss,
     "GKDTrainer": SimpleNamespace(generalized_jsd_loss=generalized_jsd_loss),
+    "_chunked_divergence_loss": chunked_divergence_loss,
     "ForwardKLLoss": ForwardKLLoss,
     "ReverseKLLoss": ReverseKLLoss,
     "SymmetricKLLoss": SymmetricKLLoss,
@@ -359,6 +367,19 @@ def test_formula_is_trls(beta):
         "student",
         "teacher",
     )
+
+
+@pytest.mark.filterwarnings("ignore")  # the peer's imports
+def test_formula_is_that_of_trls_distillation_trainer():
+    module = pytest.importorskip("trl.trainer.distillation_trainer", exc_type=ImportError)
+
+    def call(loss) -> Callable[..., Tensor]:
+        return lambda h, th, w, tw, y: loss(
+            h.unflatten(0, y.shape), th.unflatten(0, y.shape), w, tw, y != -100, 0.3, temperature=2.0
+        )[0]
+
+    names = ("hidden", "teacher_hidden", "weight", "teacher_weight", "labels")
+    check_formula(call(module._chunked_divergence_loss), call(chunked_divergence_loss), "Language models", *names)
 
 
 @pytest.mark.parametrize(("name", "ours"), [("ForwardKLLoss", ForwardKLLoss), ("ReverseKLLoss", ReverseKLLoss)])

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import lm
 import torch
 
+from kdfast.integrations.causal_lm import CausalLMLoss, model_inputs, next_labels, through
 from kdfast.integrations.transformers import KDTrainer, KDTrainingArguments
 
 VOCAB = 300
@@ -71,6 +72,45 @@ def report(kd: KDTrainer) -> dict:
     }
 
 
+def sharded_gradients(form: str) -> dict:
+    """Loss and gradients of this process's half of a batch, both models sharded by FSDP; form None: of the whole batch."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    rank = torch.distributed.get_rank() if form != "none" else 0
+    rows = [Rows()[i] for i in range(6)]
+    batch = padded()(rows if form == "none" else rows[3 * rank : 3 * rank + 3])
+    batch.pop("row_id")
+    student, teacher = lm.llama(VOCAB, 32), lm.llama(VOCAB, 48, seed=1).requires_grad_(False)
+    criterion, wrappers = CausalLMLoss(kind="js"), [student, teacher]
+    if form == "fsdp1":
+        wrappers = [FullyShardedDataParallel(m, device_id=torch.device("cpu"), use_orig_params=True) for m in wrappers]
+    elif form == "fsdp2":
+        for model in wrappers:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+    for _ in range(2):  # the first call confirms the heads
+        student.zero_grad()
+        known = criterion.teach(teacher, model_inputs(batch), wrapper=wrappers[1])
+        labels = next_labels(batch)
+
+        def run(forward, inputs, known=known, labels=labels):
+            said = criterion.readers["student"](student, inputs, forward)
+            return criterion.compare(said, known, labels, reduction="sum").loss
+
+        loss = through(wrappers[0], student, run, model_inputs(batch))
+        loss.backward()
+    assert [reader.reason for reader in criterion.readers.values()] == [None, None]
+    if form == "fsdp1":
+        with FullyShardedDataParallel.summon_full_params(wrappers[0], with_grads=True):
+            grads = {name: p.grad.clone() for name, p in student.named_parameters()}
+    else:
+        grads = {n: p.grad.full_tensor() if form == "fsdp2" else p.grad for n, p in student.named_parameters()}
+    if form != "none":
+        torch.distributed.all_reduce(loss := loss.detach().clone())
+    return {"loss": loss.item(), "grads": grads}
+
+
 if __name__ == "__main__":
     out, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", "1"))
     kd = trainer(out, per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, steps=2)
@@ -80,4 +120,8 @@ if __name__ == "__main__":
         (out / "report.json").write_text(json.dumps(found))
         torch.save({k: v.clone() for k, v in kd.model.state_dict().items()}, out / "weights.pt")
     if processes > 1:
+        for form in ("fsdp1", "fsdp2"):
+            found = sharded_gradients(form)
+            if kd.is_world_process_zero():
+                torch.save(found, out / f"{form}.pt")
         torch.distributed.destroy_process_group()

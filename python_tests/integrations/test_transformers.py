@@ -126,6 +126,15 @@ def test_two_processes_equal_one(tmp_path):
     for name in ("eval_loss", "eval_ce", "eval_kd"):  # over the 11 rows, each once
         assert two["eval"][name] == pytest.approx(want["eval"][name], rel=1e-5)
     check_weights(torch.load(tmp_path / "two" / "weights.pt"), one.model.state_dict())
+    # FSDP takes the mean over processes of the gradients of their halves' sums
+    whole = ddp.sharded_gradients("none")
+    assert whole["loss"] > 10
+    for form in ("fsdp1", "fsdp2"):
+        sharded = torch.load(tmp_path / "two" / f"{form}.pt")
+        assert sharded["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+        largest = max(grad.abs().max() for grad in whole["grads"].values())
+        for name, grad in whole["grads"].items():
+            torch.testing.assert_close(2 * sharded["grads"][name], grad, rtol=1e-4, atol=1e-5 * largest.item())
 
 
 def test_evaluation_is_the_mean_over_all_tokens(tmp_path):

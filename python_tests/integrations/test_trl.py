@@ -1,7 +1,8 @@
 """TRL's generalized JSD loss beside ours: as a function, over its options, and in its trainer."""
 
-from types import SimpleNamespace
+import copy
 
+import lm
 import pytest
 import torch
 
@@ -54,24 +55,31 @@ def test_no_kept_token_and_wrong_reduction(peer):
         generalized_jsd_loss(student, teacher, reduction="none")
 
 
-def test_in_trls_trainer(peer):
-    """Its compute_loss with our function in place of its own: the same loss and gradient."""
+def test_in_trls_trainer(peer, tmp_path):
+    """GKDTrainer with our function in place of its own: the same steps on the same samples of the student."""
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig
 
     class FusedGKDTrainer(peer):
         generalized_jsd_loss = staticmethod(generalized_jsd_loss)
 
-    student, teacher, labels = inputs()
-    batch = {"input_ids": labels, "attention_mask": torch.ones_like(labels), "labels": labels}
+    tokenizer = copy.deepcopy(lm.tokenizer(300))
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    turns = [
+        [{"role": "user", "content": text[:30]}, {"role": "assistant", "content": text[30:80]}] for text in lm.TEXTS[:4]
+    ]
     losses = []
     for kind in (FusedGKDTrainer, peer):
-        trainer = object.__new__(kind)
-        trainer.beta, trainer.temperature = 0.5, 1.0
-        trainer.teacher_model = torch.nn.Identity()
-        trainer.teacher_model.forward = lambda **_: SimpleNamespace(logits=teacher)
-        losses.append(
-            trainer.compute_loss(
-                lambda **_: SimpleNamespace(logits=student), batch, num_items_in_batch=torch.tensor(11)
-            )
-        )
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-7, atol=0)
-    torch.testing.assert_close(*[torch.autograd.grad(loss, student)[0] for loss in losses], rtol=1e-6, atol=1e-10)
+        args = GKDConfig(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, logging_steps=1, lmbda=0.5,
+            beta=0.3, max_new_tokens=8, max_length=64, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+            bf16=False, gradient_checkpointing=False, seed=0,
+        )  # fmt: skip
+        trainer = kind(
+            lm.llama(300, 32), teacher_model=lm.llama(300, 48, seed=1), args=args, processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"messages": turns}),
+        )  # fmt: skip
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(losses[1]) == 2 and min(losses[1]) > 0.05
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
