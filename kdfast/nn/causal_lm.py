@@ -74,19 +74,23 @@ class Reader:
             outputs = forward(**inputs)
             return States(outputs.logits, None, outputs)
         calls: list[Tensor] = []
+        dtypes: list[torch.dtype] = []
         rows = None if all_logits else 0 if self._logits else PROBE_ROWS
 
         def cut(module: nn.Module, args: tuple) -> tuple | None:
             calls.append(args[0])
+            dtypes.append(_product_dtype(args[0]))
             return None if rows is None else (args[0][..., :rows, :], *args[1:])
 
         with head.register_forward_pre_hook(cut):
             outputs = forward(**inputs)
+        dtype = dtypes[0] if dtypes else head.weight.dtype  # as the model's own products, also under autocast
+        read = Head(head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype))
         if self._logits is None:
-            self._confirm(model, head, calls, inputs, outputs.logits)
+            self._confirm(model, read, calls, inputs, outputs.logits)
         if self._logits is None:
             return self(model, inputs, forward)
-        return States(calls[0], Head(head.weight, head.bias, *self._logits), outputs)
+        return States(calls[0].to(dtype), Head(read.weight, read.bias, *self._logits), outputs)
 
     def _head_module(self, model: Any) -> nn.Linear | None:
         head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -104,18 +108,16 @@ class Reader:
         return None
 
     @torch.no_grad()
-    def _confirm(
-        self, model: Any, head: nn.Linear, calls: list[Tensor], inputs: Mapping[str, Any], logits: Tensor
-    ) -> None:
+    def _confirm(self, model: Any, head: Head, calls: list[Tensor], inputs: Mapping[str, Any], logits: Tensor) -> None:
         tokens = next(inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None)
         if len(calls) != 1 or calls[0].shape[:2] != tokens.shape[:2] or calls[0].dim() != 3:
             shapes = [tuple(call.shape) for call in calls]
             self._give_up(model, f"its output layer was called with {shapes} for tokens {tuple(tokens.shape[:2])}")
             return
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        hidden, want = calls[0][:, :PROBE_ROWS], logits[:, :PROBE_ROWS]
-        bias = None if head.bias is None else head.bias.to(hidden.dtype)
-        raw = F.linear(hidden, head.weight.to(hidden.dtype), bias).float()  # as under autocast
+        hidden, want = calls[0][:, :PROBE_ROWS].to(head.weight.dtype), logits[:, :PROBE_ROWS]
+        with torch.autocast(hidden.device.type, enabled=False):
+            raw = F.linear(hidden, head.weight, head.bias).float()
         # Both round to the wider of these two, whose logits are of size max |want|.
         allowed = max(1e-5, 4 * torch.finfo(hidden.dtype).eps, 4 * torch.finfo(want.dtype).eps)
         worst = float("inf")
@@ -135,3 +137,11 @@ class Reader:
     def _give_up(self, model: nn.Module, why: str) -> None:
         self.reason = why
         logger.warning("%s (%s): using its logits, since %s", self.name, type(model).__name__, why)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """The type of the products of an output layer called with these: under autocast not that of its weight."""
+    kind = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype

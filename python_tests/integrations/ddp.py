@@ -49,7 +49,16 @@ def padded(side: str = "right"):
 
 
 def trainer(
-    out: str | Path, *, side: str = "right", steps: int = 4, teacher=None, rows: int = 16, data_collator=None, **options
+    out: str | Path,
+    *,
+    side: str = "right",
+    steps: int = 4,
+    teacher=None,
+    rows: int = 16,
+    data_collator=None,
+    teacher_cache=None,
+    own_rows: bool = False,
+    **options,
 ):
     arguments = {
         "output_dir": str(out), "max_steps": steps, "learning_rate": 0.05, "optim": "sgd", "lr_scheduler_type": "linear",
@@ -58,10 +67,16 @@ def trainer(
         "dataloader_pin_memory": False,
     }  # fmt: skip
     args = KDTrainingArguments(**arguments | options)
+    named = {"train_dataset": Rows(rows), "data_collator": data_collator or padded(side)}
+    if teacher is not False:
+        named["teacher_model"] = teacher or lm.llama(VOCAB, 48, seed=1).double()
+    if teacher_cache is not None:
+        named["teacher_cache"] = teacher_cache
+    if own_rows:
+        named = {"teacher_cache": teacher_cache}
     return KDTrainer(
-        lm.llama(VOCAB, 32).double(), args=args, train_dataset=Rows(rows), eval_dataset=Rows(11), data_collator=data_collator or padded(side),
-        processing_class=lm.tokenizer(VOCAB), teacher_model=teacher or lm.llama(VOCAB, 48, seed=1).double(),
-    )  # fmt: skip
+        lm.llama(VOCAB, 32).double(), args=args, eval_dataset=Rows(11), processing_class=lm.tokenizer(VOCAB), **named
+    )
 
 
 def report(kd: KDTrainer) -> dict:

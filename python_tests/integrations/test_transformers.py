@@ -185,3 +185,63 @@ def test_wrong_arguments(tmp_path):
         ddp.trainer(tmp_path, teacher_cache="somewhere")
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         ddp.trainer(tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """All classes but one of the teacher, so that the lists say what the teacher says."""
+    from kdfast.data.teacher_cache import cache_teacher
+
+    rows = [{name: torch.tensor(row[name]) for name in ("input_ids", "labels")} for row in ddp.Rows()]
+    return cache_teacher(
+        lm.llama(ddp.VOCAB, 48, seed=1), rows, tmp_path_factory.mktemp("cache") / "teacher", tokenizer=lm.tokenizer(ddp.VOCAB),
+        top_k=ddp.VOCAB - 1, temperature=2.0, batch_size=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_a_teacher_cache_is_the_teacher(plain, cache, tmp_path, own_rows):
+    losses, weights = plain
+    folder = str(cache.shards.folder)
+    options = {"teacher_cache": folder, "teacher": False}
+    kd = ddp.trainer(tmp_path, **options) if not own_rows else ddp.trainer(tmp_path, own_rows=True, **options)
+    kd.train()
+    assert kd.teacher is None and losses_of(kd) == pytest.approx(losses, rel=2e-4)  # lists are float16
+    check_weights(kd.model.state_dict(), weights, tolerance=2e-4)
+
+
+def test_wrong_caches(cache, tmp_path):
+    options = {"teacher_cache": cache, "teacher": False}
+    with pytest.raises(ValueError, match=r"temperature: expected that of the cache, 2.0, got 1.0"):
+        ddp.trainer(tmp_path, temperature=1.0, **options)
+    with pytest.raises(ValueError, match=r"padding on the left"):
+        ddp.trainer(tmp_path, side="left", **options).train()
+
+    def more_labels(rows):
+        batch = ddp.padded()(rows)
+        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    with pytest.raises(ValueError, match=r"labels: token .* had no label when the cache was made"):
+        ddp.trainer(tmp_path, data_collator=more_labels, **options).train()
+
+    def without_ids(rows):
+        return {name: value for name, value in ddp.padded()(rows).items() if name != "row_id"}
+
+    with pytest.raises(ValueError, match="expected row_id"):
+        ddp.trainer(tmp_path, data_collator=without_ids, **options).train()
+    with pytest.raises(ValueError, match="on_policy: nobody has scored"):
+        ddp.trainer(tmp_path, on_policy=1.0, max_new_tokens=2, data_collator=prompted, **options).train()
+
+
+def prompted(rows):
+    batch = ddp.padded()(rows)
+    batch["labels"][:, :4] = -100
+    return batch
+
+
+def test_bf16_autocast_reads_the_heads(plain, tmp_path):
+    kd = ddp.trainer(tmp_path, bf16=True, steps=2)
+    kd.model.float(), kd.teacher.float()
+    kd.train()
+    assert [reader.reason for reader in kd.criterion.readers.values()] == [None, None]
+    assert losses_of(kd) == pytest.approx(plain[0][:2], rel=2e-2)  # products of 8 bits
