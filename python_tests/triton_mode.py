@@ -29,6 +29,31 @@ def only(mode: str) -> None:
         )
     if asked != mode:
         pytest.skip(f"Triton {mode}: run by make test-triton, in a process of its own", allow_module_level=True)
+    if mode == "interpreted":
+        _patch_once()
+
+
+def _patch_once() -> None:
+    """The interpreter patches triton.language when a kernel starts, and again at every call of a device function in it, which
+    costs as much as the rest of the call. Here: once per kernel and module.
+    """
+    from triton.runtime import interpreter
+
+    patched: set[int] = set()
+    run = interpreter.GridExecutor.__call__
+
+    def kernel(self, *args, **kwargs):
+        patched.clear()  # the one before has taken its patches back
+        return run(self, *args, **kwargs)
+
+    def device_function(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = kernel
+    interpreter.InterpretedFunction.__call__ = device_function
 
 
 def take_the_cpu(module: ModuleType, kernels: Mapping[str, Callable[..., Any]]) -> None:

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdfast.triton import divergence, routing, selective
+from kdfast.triton import divergence, pairwise, relation, routing, selective, token_graph
 from kdfast.triton.launch import Launch, recording
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +102,46 @@ def routing_plan(rows: int, k: int, experts: int, width: int, *, choice: bool = 
     return call
 
 
+def pairwise_cost(n: int, m: int, width: int, p: int) -> Callable[[], Any]:
+    def call() -> None:
+        x, y = meta(1, n, width, dtype=torch.float32), meta(1, m, width, dtype=torch.float32)
+        pairwise.cost_backward(pairwise.cost(x, y, p), x, y, p)
+
+    return call
+
+
+def pairwise_infonce(n: int, m: int, width: int) -> Callable[[], Any]:
+    def call() -> None:
+        x, y = meta(n, width, dtype=torch.float32), meta(m, width, dtype=torch.float32)
+        positive = meta(n, dtype=torch.int64)
+        rows, lse, _ = pairwise.infonce_rows(x, y, positive, 10.0, True, True)
+        pairwise.infonce_rows_backward(rows, x, y, positive, lse, 10.0, True)
+
+    return call
+
+
+def relation_mse(sets: int, n: int, width: int, compare: str, *, mask: bool = False) -> Callable[[], Any]:
+    x, weight = meta(sets, n, width, dtype=torch.float32), meta(sets, n, dtype=torch.float32)
+    kept = meta(sets, n, dtype=torch.bool) if mask else None
+    return lambda: relation.relation(x, x, kept, weight, compare, 0.0, 1.0, 0.05, 0.05, not mask, True, True)
+
+
+def knn_graph(n: int, width: int, k: int) -> Callable[[], Any]:
+    return lambda: token_graph.knn_graph(meta(n, width), meta(n, dtype=torch.float32), k, 1.0)
+
+
+def token_graph_kl(n: int, width: int, k: int) -> Callable[[], Any]:
+    def call() -> None:
+        tokens, inverse = meta(n, width), meta(n, dtype=torch.float32)
+        ends = meta(n * k, dtype=torch.int32), meta(n * k, dtype=torch.int32)
+        weights = token_graph.edge_weights(tokens, inverse, *ends, 1.0)
+        token_graph.edge_weights_backward(weights, weights, tokens, inverse, *ends, 1.0)
+        rows = meta(n, dtype=torch.float32)
+        token_graph.sparse_softmax_kl_backward(rows, *ends, weights, *ends, weights, n, False, True, True)
+
+    return call
+
+
 LONG, FEW, SHORT = (8192, 128256), (64, 262144), (65536, 1000)
 KINDS = (
     "forward_kl",
@@ -152,6 +192,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "routing scores, softmax, 8192x128": routing_scores(8192, 128, 8, "softmax", norm=0.0),
     "routing plan and moves, 8192 rows of 7168": routing_plan(8192, 8, 256, 7168),
     "routing plan in choice order, 4096 rows of 1024": routing_plan(4096, 2, 64, 1024, choice=True),
+    "pairwise cost, p = 1, 64 x 64 over 151936": pairwise_cost(64, 64, 151936, 1),
+    "pairwise infonce, 2048 x 4096": pairwise_infonce(2048, 4096, 512),
+    "relation, softmax, 64 sets of 197": relation_mse(64, 197, 384, "softmax"),
+    "relation, gram, masked, 8 sets of 1024": relation_mse(8, 1024, 384, "gram", mask=True),
+    "neighbours, k = 8, 4096 tokens of 384": knn_graph(4096, 384, 8),
+    "token graph, edges and KL, 4096 tokens of 384": token_graph_kl(4096, 384, 8),
 }
 
 
@@ -257,6 +303,14 @@ reference, and by compiling them for four GPUs. So there is no speed here, only 
 each gradient, and the labels once more to know by what to divide; `normalizer="selected"` reads the maps twice. Beyond 256
 classes: three times. Routing scores read the logits once, a plan takes five launches (eight in choice order), dispatch and
 combine read and write each row of the model once; the grouped products of the experts run the reference.
+
+Token graphs hold no n x n matrix: one kernel makes the products of centred tokens tile by tile and keeps the 2k best candidates of
+each token in registers, a second ranks them by exact distances and proves the choice (a token without proof looks at all). The
+products use no TF32: the proof lives on their error bound. Gradients are gathered over each token's edges, put in order on the
+device. Costs of all pairs walk the columns in tiles of pairs (L1 and its sign gradient, squared distances; `pairwise_mmd` through
+them); InfoNCE and relations are torch's products on a block of rows that stays in the L2 cache, which one kernel turns into
+rows and, in place, into gradients. These products are float32 unless the program allowed torch less
+(`torch.set_float32_matmul_precision`).
 
 `make test-triton` runs both checks, in two processes: a kernel defined under the interpreter cannot be compiled. The tests that
 need a GPU, a CUDA graph among them, are in `python_tests/triton/test_on_a_gpu.py` and skip without one.

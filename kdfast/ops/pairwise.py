@@ -9,13 +9,13 @@
 
 The gradient of l_i with respect to x_i needs row i alone. So the fused InfoNCE makes it in the forward pass, while the
 block of scores is still in cache: [N, D] numbers, which the backward multiplies by the upstream factor of the row. Only a
-gradient for y computes the scores again. Matrix products are torch.mm on blocks of rows, csrc/cpu does the rest.
+gradient for y computes the scores again. Matrix products are torch.mm on blocks of rows, csrc/cpu or kdfast/triton does the rest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdfast import _core
 from kdfast._checks import check_choice, check_labels, check_number, check_pair
-from kdfast._dispatch import choose, core_reason
+from kdfast._dispatch import choose, core_reason, debugging
 from kdfast._library import (
     address,
     applied,
@@ -35,6 +35,8 @@ from kdfast._library import (
     readable,
     transforms_active,
 )  # fmt: skip
+from kdfast.triton import reason as triton_reason
+from kdfast.triton import register
 
 SIMILARITIES = ("cosine", "dot")
 NORM_FLOOR = 1e-12  # the cosine with a zero vector is 0
@@ -118,10 +120,16 @@ def _pairwise_cost_backward_cpu(grad, x, y, p):
     return grad_x
 
 
+register("pairwise_cost", "pairwise", "cost")
+register("pairwise_cost_backward", "pairwise", "cost_backward")
+_cost_op = torch.ops.kdfast.pairwise_cost.default
+_cost_backward_op = torch.ops.kdfast.pairwise_cost_backward.default
+
+
 class _Cost(torch.autograd.Function):
     @staticmethod
     def forward(x, y, p):
-        return torch.ops.kdfast.pairwise_cost.default(x, y, p)
+        return _cost_op(x, y, p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -132,9 +140,8 @@ class _Cost(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
-        backward = torch.ops.kdfast.pairwise_cost_backward.default
-        grad_x = backward(grad, x, y, ctx.p) if ctx.needs_input_grad[0] else None
-        grad_y = backward(grad.mT, y, x, ctx.p) if ctx.needs_input_grad[1] else None
+        grad_x = _cost_backward_op(grad, x, y, ctx.p) if ctx.needs_input_grad[0] else None
+        grad_y = _cost_backward_op(grad.mT, y, x, ctx.p) if ctx.needs_input_grad[1] else None
         return grad_x, grad_y, None
 
 
@@ -162,48 +169,70 @@ def _(grad_rows, x, y, positive, lse, scale, exclude_self):
     return y.new_empty(y.shape)
 
 
-def row_blocks(rows: int, columns: int, itemsize: int) -> list[tuple[int, int]]:
-    """Cuts rows so that a [block, columns] table fits BLOCK_BYTES. It depends on the shapes alone."""
-    step = max(16, BLOCK_BYTES // max(columns * itemsize, 1))
+def row_blocks(rows: int, columns: int, itemsize: int, size: int = BLOCK_BYTES) -> list[tuple[int, int]]:
+    """Cuts rows so that a [block, columns] table fits `size` bytes. It depends on the shapes alone."""
+    step = max(16, size // max(columns * itemsize, 1))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-@torch.library.impl(lib, "infonce_rows", "CPU")
-def _infonce_rows_cpu(x, y, positive, scale, exclude_self, need_x):
-    n, m = len(x), len(y)
-    lse, rows = x.new_empty(n), x.new_empty(n)
-    unit = x.new_empty(x.shape if need_x else (0,))  # dl_i/dx_i
-    for start, stop, scores in _score_blocks(x, y):
-        _core.core.contrast_rows(
-            x.dtype == torch.float64, address(scores), stop - start, m, start, scale, address(positive[start:stop]), exclude_self,
-            address(rows[start:stop]), address(lse[start:stop]), need_x, 0,
-        )  # fmt: skip
+# contrast(scores, first_row, scale, positive, exclude_self, lse, rows, unit, grad_rows): turns a block of scores, in its place,
+# into rows and log-sum-exps, with `unit` the scores into dl_i/ds_ij, or with `grad_rows` into grad_i dl_i/ds_ij.
+def rows_by_blocks(
+    contrast: Callable[..., None], block_bytes: int, x: Tensor, y: Tensor, positive: Tensor, scale: float, exclude_self: bool,
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Rows, log-sum-exps and, if asked for, dl_i/dx_i: forward of the fused backends."""
+    lse, rows = x.new_empty(len(x)), x.new_empty(len(x))
+    unit = x.new_empty(x.shape if need_x else (0,))
+    for start, stop, scores in _score_blocks(x, y, block_bytes):
+        here = slice(start, stop)
+        contrast(scores, start, scale, positive[here], exclude_self, lse[here], rows[here], need_x, None)
         if need_x:
-            torch.mm(scores, y, out=unit[start:stop])
+            torch.mm(scores, y, out=unit[here])
     return rows, lse, unit
 
 
-@torch.library.impl(lib, "infonce_rows_backward", "CPU")
-def _infonce_rows_backward_cpu(grad_rows, x, y, positive, lse, scale, exclude_self):
+def backward_by_blocks(
+    contrast: Callable[..., None], block_bytes: int, grad_rows: Tensor, x: Tensor, y: Tensor, positive: Tensor, lse: Tensor,
+    scale: float, exclude_self: bool,
+) -> Tensor:  # fmt: skip
+    """dl/dy from the scores, made again: backward of the fused backends."""
     grad_rows = grad_rows.contiguous()
     grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format)
-    for start, stop, scores in _score_blocks(x, y):
-        _core.core.contrast_rows(
-            x.dtype == torch.float64, address(scores), stop - start, len(y), start, scale, address(positive[start:stop]),
-            exclude_self, 0, address(lse[start:stop]), False, address(grad_rows[start:stop]),
-        )  # fmt: skip
-        grad_y.addmm_(scores.T, x[start:stop])
+    for start, stop, scores in _score_blocks(x, y, block_bytes):
+        here = slice(start, stop)
+        contrast(scores, start, scale, positive[here], exclude_self, lse[here], None, False, grad_rows[here])
+        grad_y.addmm_(scores.T, x[here])
     return grad_y
 
 
-def _score_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _score_blocks(x: Tensor, y: Tensor, block_bytes: int) -> Iterator[tuple[int, int, Tensor]]:
     """(first row, last row, x[rows] y^T): one buffer, written anew for each block of rows."""
-    blocks = row_blocks(len(x), len(y), x.element_size())
+    blocks = row_blocks(len(x), len(y), x.element_size(), block_bytes)
     buffer = x.new_empty(max((stop - start for start, stop in blocks), default=0), len(y))
     for start, stop in blocks:
         yield start, stop, torch.mm(x[start:stop], y.T, out=buffer[: stop - start])
 
 
+def _contrast_cpu(scores, first_row, scale, positive, exclude_self, lse, rows, unit, grad_rows):
+    _core.core.contrast_rows(
+        scores.dtype == torch.float64, address(scores), *scores.shape, first_row, scale, address(positive), exclude_self,
+        address(rows), address(lse), unit, address(grad_rows),
+    )  # fmt: skip
+
+
+@torch.library.impl(lib, "infonce_rows", "CPU")
+def _infonce_rows_cpu(*arguments):
+    return rows_by_blocks(_contrast_cpu, BLOCK_BYTES, *arguments)
+
+
+@torch.library.impl(lib, "infonce_rows_backward", "CPU")
+def _infonce_rows_backward_cpu(*arguments):
+    return backward_by_blocks(_contrast_cpu, BLOCK_BYTES, *arguments)
+
+
+register("infonce_rows", "pairwise", "infonce_rows")
+register("infonce_rows_backward", "pairwise", "infonce_rows_backward")
 _infonce_op = direct(torch.ops.kdfast.infonce_rows.default, _infonce_rows_cpu)
 _infonce_backward_op = direct(torch.ops.kdfast.infonce_rows_backward.default, _infonce_rows_backward_cpu)
 
@@ -245,7 +274,7 @@ def pairwise_cost(x: Tensor, y: Tensor, *, p: int, backend: str | None = None) -
     Args:
         x: [..., N, C]. y: [..., M, C], the same leading shape; float16, bfloat16, float32 or float64.
         p: 1 (L1 distance, gradient sign(x - y) with 0 at ties) or 2 (SQUARED Euclidean distance).
-        backend: "cpu", "reference" or None for the best that can run.
+        backend: "cpu", "triton", "reference" or None for the best that can run.
     Returns:
         [..., N, M], float32 (float64 for float64 input).
     Differentiable in x and y, once; `backend="reference"` gives every derivative.
@@ -285,12 +314,12 @@ def pairwise_infonce(
         tau: temperature > 0. similarity: "cosine" (norms floored at 1e-12) or "dot".
         positive: [N] integers in [0, M), the column of each row's positive; default p_i = i, which needs M >= N.
         exclude_self: leave column i out of row i's sum, for x against itself (NT-Xent); the positive must then be another.
-        backend: "cpu", "reference" or None for the best that can run.
+        backend: "cpu", "triton", "reference" or None for the best that can run.
     Returns:
         [N], float32 (float64 for float64 input). With one column and without exclude_self exactly 0.
     Differentiable in x and y, once; `backend="reference"` gives every derivative. At no time is an [N, M] table kept.
     Raises:
-        ValueError: unequal D, tau <= 0, positives out of range (on the CPU), M < N without positives.
+        ValueError: unequal D, tau <= 0, M < N without positives, positives out of range (on the CPU; Triton makes such a row NaN).
     Source: the global term of TRG (arXiv 2306.12442); with exclude_self the contrastive term of KD^3 (arXiv 2307.11469).
 
     >>> rows = pairwise_infonce(projected_student, teacher.detach(), tau=0.1)
@@ -307,7 +336,7 @@ def pairwise_infonce(
             raise ValueError("positive: expected the column of each positive, got None with exclude_self=True")
     else:
         check_labels(positive, x.shape[:1], x.device, "positive")
-        if readable(positive) and positive.numel():
+        if positive.numel() and (readable(positive) or debugging()):
             _check_positive(positive, len(y), exclude_self)
     if _choose("pairwise_infonce", x, y, backend) == "reference":
         return pairwise_infonce_reference(
@@ -323,7 +352,7 @@ def _check_positive(positive: Tensor, columns: int, exclude_self: bool) -> None:
     low, high = positive.aminmax()
     if low < 0 or high >= columns:
         raise ValueError(f"positive: expected integers in [0, {columns}), got {int(low)} to {int(high)}")
-    if exclude_self and bool((positive == torch.arange(len(positive))).any()):
+    if exclude_self and bool((positive == torch.arange(len(positive), device=positive.device)).any()):
         raise ValueError("positive: expected another column than the row's own with exclude_self=True")
 
 
@@ -333,7 +362,7 @@ def _choose(op: str, x: Tensor, y: Tensor, backend: str | None) -> str:
             return why
         return None if x.device.type in ("cpu", "meta") else f"the tensors are on {x.device}"
 
-    return choose(op, backend, {"cpu": cpu}, (x, y))
+    return choose(op, backend, {"cpu": cpu, "triton": lambda: triton_reason(op, x, y)}, (x, y))
 
 
 def _check_points(x: Tensor, y: Tensor) -> None:

@@ -11,12 +11,13 @@ With G = dL/ds the gradient is scale (G + G^T) x, for both ends of a pair move:
     gram      G = 2 w_i (R - R')        softmax     G = 2 w_i (R E - R <R, E>), E = R - R'        w_i: the row's weight
 
 Fused, a block of both score tables is made by torch.mm or bmm, compared while it is in cache and turned into G in its place
-(csrc/cpu/relation.cpp, or the divergence kernels); only tokens and rows are kept. The weighted sum (`row_weight`) stores its gradient in the forward pass, so it needs no more
+(csrc/cpu/relation.cpp, kdfast/triton, or the divergence kernels); only tokens and rows are kept. The weighted sum (`row_weight`) stores its gradient in the forward pass, so it needs no more
 products than eager does; rows with an upstream factor of their own make the scores again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ from kdfast._library import (
 )  # fmt: skip
 from kdfast.ops.divergence import KINDS, divergence_reference
 from kdfast.ops.pairwise import BLOCK_BYTES, NORM_FLOOR, SIMILARITIES, row_blocks
+from kdfast.triton import reason as triton_reason
+from kdfast.triton import register
 
 MSE_RELATIONS = ("softmax", "gram")
 KL_KINDS = tuple(kind for kind in KINDS if kind not in ("dkd", "binary"))
@@ -165,14 +168,19 @@ def _(student, teacher, mask, row_weight, compare, beta, temperature, student_sc
     return rows, _gradient_like(student, need_student), _gradient_like(teacher, need_teacher)
 
 
-@torch.library.impl(lib, "relation", "CPU")
-def _relation_cpu(student, teacher, mask, row_weight, compare, beta, temperature, student_scale, teacher_scale, diagonal,
-                  need_student, need_teacher):  # fmt: skip
+# compare_rows(compare, tables, scales, mask, diagonal, first_row, weight, needs, out): a block of both tables of products to rows,
+# and the tables, in their place, to the gradients of the products that `needs` asks for.
+def relation_by_blocks(
+    compare_rows: Callable[..., None], block_bytes: int, student: Tensor, teacher: Tensor, mask: Tensor | None, row_weight: Tensor | None,
+    compare: str, beta: float, temperature: float, student_scale: float, teacher_scale: float, diagonal: bool, need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op, on the fused backends."""
     sets, n = student.shape[:2]
     rows = student.new_empty(sets, n)
     sides = (student, student_scale, need_student), (teacher, teacher_scale, need_teacher)
     grads = tuple(_gradient_like(x, need).zero_() for x, _, need in sides)
-    blocks = _blocks(sets, n, student.element_size())
+    blocks = _blocks(sets, n, student.element_size(), block_bytes)
     size = max(((b1 - b0) * (r1 - r0) * n for b0, b1, r0, r1 in blocks), default=0)
     buffers = student.new_empty(size), student.new_empty(size)
     for b0, b1, r0, r1 in blocks:
@@ -182,11 +190,11 @@ def _relation_cpu(student, teacher, mask, row_weight, compare, beta, temperature
             _product(x[b0:b1, r0:r1], x[b0:b1].mT, table)
         weight = None if row_weight is None else row_weight[b0:b1, r0:r1]
         if compare in MSE_RELATIONS:
-            _core.core.relation_rows(
-                student.dtype == torch.float64, compare, address(tables[0]), address(tables[1]), *shape, r0,
-                student_scale, teacher_scale, address(None if mask is None else mask[b0:b1]), diagonal, address(weight), n,
-                need_student, need_teacher, address(rows[b0:b1, r0:r1]), n,
-            )  # fmt: skip
+            kept = None if mask is None else mask[b0:b1]
+            needs = (need_student, need_teacher)
+            compare_rows(
+                compare, tables, (student_scale, teacher_scale), kept, diagonal, r0, weight, needs, rows[b0:b1, r0:r1]
+            )
         else:
             outputs = _divergence_block(
                 tables, sides, mask, diagonal, (b0, b1, r0), weight, (compare, beta, 0.0, temperature)
@@ -197,7 +205,23 @@ def _relation_cpu(student, teacher, mask, row_weight, compare, beta, temperature
                 _add_token_gradient(grad[b0:b1], table, x[b0:b1], r0, r1)
     if mask is not None:
         rows.masked_fill_(~mask, 0.0)
-    return rows, *grads
+    return rows, grads[0], grads[1]
+
+
+def _compare_rows_cpu(compare, tables, scales, mask, diagonal, first_row, weight, needs, out):
+    n = out.stride(0)  # of the whole set's rows, and of their weights
+    _core.core.relation_rows(
+        out.dtype == torch.float64, compare, *(address(table) for table in tables), *tables[0].shape, first_row, *scales,
+        address(mask), diagonal, address(weight), n, *needs, address(out), n,
+    )  # fmt: skip
+
+
+@torch.library.impl(lib, "relation", "CPU")
+def _relation_cpu(*arguments):
+    return relation_by_blocks(_compare_rows_cpu, BLOCK_BYTES, *arguments)
+
+
+register("relation", "relation", "relation")
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -205,12 +229,12 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     torch.mm(a[0], b[0], out=out[0]) if len(a) == 1 else torch.bmm(a, b, out=out)
 
 
-def _blocks(sets: int, n: int, itemsize: int) -> list[tuple[int, int, int, int]]:
+def _blocks(sets: int, n: int, itemsize: int, size: int = BLOCK_BYTES) -> list[tuple[int, int, int, int]]:
     """(first set, last set, first row, last row): several small sets in one block, or one large set in several."""
-    per_block = BLOCK_BYTES // max(n * n * itemsize, 1)
+    per_block = size // max(n * n * itemsize, 1)
     if per_block >= 1:
         return [(b, min(b + per_block, sets), 0, n) for b in range(0, sets, per_block)]
-    return [(b, b + 1, r0, r1) for b in range(sets) for r0, r1 in row_blocks(n, n, itemsize)]
+    return [(b, b + 1, r0, r1) for b in range(sets) for r0, r1 in row_blocks(n, n, itemsize, size)]
 
 
 def _add_token_gradient(grad: Tensor, g: Tensor, x: Tensor, r0: int, r1: int) -> None:
@@ -326,7 +350,7 @@ def relation_mse(
         scale: factor of the scores; None means 1/sqrt(D) of each model for softmax of dot products, 1 otherwise.
         mask: [..., N] bool, True = keep the token (as row and as column). diagonal: compare a token with itself too.
         row_weight: [..., N]; the result is then the scalar sum of weight * row.
-        backend: "cpu", "reference" or None for the best that can run.
+        backend: "cpu", "triton", "reference" or None for the best that can run.
     Returns:
         float32 rows [..., N] (float64 for float64 input): sums over j, 0 for masked tokens; or their weighted sum.
     Differentiable in student and teacher, once; `backend="reference"` gives every derivative, also for row_weight.
@@ -336,7 +360,7 @@ def relation_mse(
     """
     check_choice("relation", relation, MSE_RELATIONS)
     _check(student, teacher, similarity, scale, mask, row_weight)
-    if _choose("relation_mse", student, row_weight, backend) == "reference":
+    if _choose("relation_mse", student, teacher, row_weight, backend) == "reference":
         return relation_mse_reference(
             student, teacher, relation=relation, similarity=similarity, scale=scale, mask=mask, diagonal=diagonal,
             row_weight=row_weight,
@@ -376,7 +400,7 @@ def relation_kl(
     check_number("beta", beta)
     check_number("temperature", temperature, low=0.0, open_low=True)
     _check(student, teacher, similarity, scale, mask, row_weight)
-    if _choose("relation_kl", student, row_weight, backend) == "reference":
+    if _choose("relation_kl", student, teacher, row_weight, backend) == "reference":
         return relation_kl_reference(
             student, teacher, kind=kind, beta=beta, temperature=temperature, similarity=similarity, scale=scale, mask=mask,
             diagonal=diagonal, row_weight=row_weight,
@@ -406,14 +430,18 @@ def _check(student, teacher, similarity, scale, mask, row_weight) -> None:
         check_row_tensor("row_weight", row_weight, student.shape[:-1], student.device)
 
 
-def _choose(op: str, student: Tensor, row_weight: Tensor | None, backend: str | None) -> str:
+def _choose(op: str, student: Tensor, teacher: Tensor, row_weight: Tensor | None, backend: str | None) -> str:
+    def learned_weight() -> str | None:
+        learned = row_weight is not None and row_weight.requires_grad
+        return "a gradient for row_weight comes from the reference only" if learned else None
+
     def cpu() -> str | None:
         if (why := core_reason()) is not None:
             return why
-        if student.device.type not in ("cpu", "meta"):
-            return f"the tensors are on {student.device}"
-        if row_weight is not None and row_weight.requires_grad:
-            return "a gradient for row_weight comes from the reference only"
-        return None
+        on_cpu = student.device.type in ("cpu", "meta")
+        return learned_weight() if on_cpu else f"the tensors are on {student.device}"
 
-    return choose(op, backend, {"cpu": cpu}, (student,))
+    def triton() -> str | None:
+        return triton_reason(op, student, teacher) or learned_weight()
+
+    return choose(op, backend, {"cpu": cpu, "triton": triton}, (student, teacher))

@@ -14,7 +14,8 @@ are 0, so the softmaxes there are 1/Z and 1/Z'. csrc/sparse_kl.cpp has the sums,
 
 Fused selection: centred tokens, Gram matrix by torch.mm on blocks of rows, upper half only (it is symmetric), 2k candidates
 per token; their distances are then computed directly, and the choice is proved row by row with the error bound of the
-product. A row without proof looks at all tokens. So the neighbours are those of exact distances, always.
+product. A row without proof looks at all tokens. So the neighbours are those of exact distances, always. On a GPU one kernel
+makes the products and keeps the candidates (kdfast/triton/token_graph.py).
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from kdfast import _core
 from kdfast._checks import check_choice, check_float_tensor, check_int, check_number, check_pair
-from kdfast._dispatch import choose, core_reason
+from kdfast._dispatch import choose, core_reason, debugging
 from kdfast._library import address, applied, compute_dtype, direct, first_derivative_only, lib, readable
 from kdfast.ops.pairwise import NORM_FLOOR, row_blocks
+from kdfast.triton import reason as triton_reason
+from kdfast.triton import register
 
 ORIENTATIONS = ("row", "column")
 DIRECTIONS = ("student_teacher", "teacher_student")
@@ -170,21 +173,26 @@ def _knn_graph_cpu(tokens, inverse, k, sigma):
     return neighbours, weights
 
 
-def _candidates(x: Tensor, inverse: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `count` tokens that may be nearest to each token, judged by lower bounds of the distances.
+def centred_tokens(x: Tensor, inverse: Tensor | None, rounding: float) -> tuple[Tensor, Tensor]:
+    """Scaled tokens around their mean, and their squared norms N less the error bound of what is computed from them.
 
     With u the rounding of the products, a computed <x_i, x_j> is off by at most D u |x_i| |x_j|, a squared norm by D u |x|^2,
     and scaling and centring move each token by a few u |x|. Shrinking the norms by (2 D + 32) u covers all of it, since
-    2 |x_i| |x_j| <= |x_i|^2 + |x_j|^2: key_ij + N_i is then never above the true squared distance.
+    2 |x_i| |x_j| <= |x_i|^2 + |x_j|^2: with key_ij = N_j - 2 <x_i, x_j>, key_ij + N_i is never above the true squared distance.
     """
-    n, width = x.shape
     if inverse is None:
         centred = x - x.mean(0)
     else:
         centred = x * inverse.unsqueeze(1)
         centred.sub_(centred.mean(0))
     norms = torch.linalg.vector_norm(centred, dim=1).square_()
-    norms.mul_(max(0.0, 1 - (2 * width + 32) * _rounding(x.dtype)))
+    return centred, norms.mul_(max(0.0, 1 - (2 * x.shape[1] + 32) * rounding))
+
+
+def _candidates(x: Tensor, inverse: Tensor | None, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `count` tokens that may be nearest to each token, judged by lower bounds of the distances."""
+    n = len(x)
+    centred, norms = centred_tokens(x, inverse, _rounding(x.dtype))
     keys, ids = x.new_empty(n, count), torch.empty(n, count, dtype=torch.int32)
     counts = torch.zeros(n, dtype=torch.int32)
     blocks = row_blocks(n, n, x.element_size())
@@ -246,6 +254,10 @@ def _sparse_softmax_kl_backward_cpu(grad_rows, srows, scols, sweights, trows, tc
     outputs = (None, grad_rows.contiguous(), *grads)
     _kl_call(srows, scols, sweights, trows, tcols, tweights, nodes, teacher_first, outputs)
     return grads[0], grads[1]
+
+
+for _name in ("knn_graph", "edge_weights", "edge_weights_backward", "sparse_softmax_kl", "sparse_softmax_kl_backward"):
+    register(_name, "token_graph", _name)
 
 
 # ---------------------------------------------------------------- autograd
@@ -326,7 +338,7 @@ def knn_graph(tokens: Tensor, k: int, *, sigma: float = 1.0, backend: str | None
     Args:
         tokens: [n, D], n >= 2; float16, bfloat16, float32 or float64, any strides.
         k: neighbours per token, 1 <= k <= n - 1. sigma > 0, not squared.
-        backend: "cpu", "reference" or None for the best that can run.
+        backend: "cpu", "triton", "reference" or None for the best that can run.
     Returns:
         neighbours int32 [n, k], nearest first, equal distances: lower index first; NaN distances rank with infinite ones.
         weights [n, k], float32 (float64 for float64 input).
@@ -366,7 +378,7 @@ def token_graph_kl(
         direction: "student_teacher", KL(P || Q), as printed in the paper; or "teacher_student", KL(Q || P).
         normalize: L2-normalise the tokens first (norms floored at 1e-12). Raw tokens are often so far apart that all weights
             underflow to 0, and the loss with them.
-        backend: "cpu", "reference" or None for the best that can run.
+        backend: "cpu", "triton", "reference" or None for the best that can run.
     Returns:
         rows [n], float32 (float64 for float64 input), never negative.
     Differentiable in student and teacher, once; `backend="reference"` gives every derivative. Memory O(n (k + D)) and one
@@ -435,7 +447,7 @@ def _check_edges(edges: Tensor, n: int, device: torch.device) -> Tensor:
         raise ValueError(f"edges: expected [2, M], got {tuple(edges.shape)}")
     if edges.device != device:
         raise ValueError(f"edges: expected the device of the tokens ({device}), got {edges.device}")
-    if readable(edges) and edges.numel():
+    if edges.numel() and (readable(edges) or debugging()):
         low, high = edges.aminmax()
         if low < 0 or high >= n:
             raise ValueError(f"edges: expected node numbers in [0, {n}), got {int(low)} to {int(high)}")
@@ -449,4 +461,4 @@ def _choose(op: str, tensors: tuple[Tensor, ...], backend: str | None) -> str:
         device = tensors[0].device
         return None if device.type in ("cpu", "meta") else f"the tensors are on {device}"
 
-    return choose(op, backend, {"cpu": cpu}, tensors)
+    return choose(op, backend, {"cpu": cpu, "triton": lambda: triton_reason(op, *tensors)}, tensors)

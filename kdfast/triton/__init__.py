@@ -18,7 +18,10 @@ from torch import Tensor
 from kdfast._library import lib
 
 # The ops that have kernels here, as `kdfast.ops` names them.
-OPS: tuple[str, ...] = ("divergence", "selective_kl", "route_topk", "make_plan", "dispatch", "combine")
+OPS: tuple[str, ...] = (
+    "divergence", "selective_kl", "route_topk", "make_plan", "dispatch", "combine",
+    "knn_graph", "token_graph_kl", "pairwise_cost", "pairwise_infonce", "relation_mse", "relation_kl",
+)  # fmt: skip
 
 
 def _installed() -> bool:

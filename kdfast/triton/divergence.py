@@ -142,6 +142,7 @@ class _Call:
             "smoothing": float(self.label_smoothing), "SOURCE": source, "ROWS": per_row, "SUMS": sums, "GIVEN": given,
             "LOSS": loss is not None, "GRAD_S": student, "GRAD_T": teacher, "CE": self.ce_factor != 0,
             "SPLITS": power_of_two(self.splits), "SINGLE": self.single and source == "logits",
+            "ZERO": self.kd_factor * self.scale == 0,
         }  # fmt: skip
         self._launch(kernels.divergence_kernel, arguments)
 

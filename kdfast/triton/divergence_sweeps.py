@@ -33,17 +33,24 @@ def elements(x, z, q, p, state, inverse_t, beta, KIND: tl.constexpr, KNOWN: tl.c
 
 
 @triton.jit
+def scaled(g, factor, ZERO: tl.constexpr):
+    """A term of factor 0 is left out: 0 times the gradient of an infinite divergence is not 0."""
+    return tl.zeros_like(g) if ZERO else g * factor
+
+
+@triton.jit
 def student_gradient(
-    q, v, raw, columns, label, fate, factors, cross, KIND: tl.constexpr, CE: tl.constexpr, CE_IS_Q: tl.constexpr
-):
+    q, v, raw, columns, label, fate, factors, cross, KIND: tl.constexpr, CE: tl.constexpr, CE_IS_Q: tl.constexpr,
+    ZERO: tl.constexpr,
+):  # fmt: skip
     """(v - q sum v) times the row's factor; dkd's target class; cross-entropy (q1 - smooth - hot [i = label])."""
     factor, v_factor, sum_v = factors
     if KIND == "dkd":
-        g = (v * v_factor[:, None] - q * sum_v[:, None]) * factor[:, None]
-        hole = (sum_v * factor)[:, None]
+        g = scaled(v * v_factor[:, None] - q * sum_v[:, None], factor[:, None], ZERO)
+        hole = scaled(sum_v, factor, ZERO)[:, None]
         g += tl.where(columns[None, :] == label[:, None], hole, 0.0)
     else:
-        g = (v - q * sum_v[:, None]) * factor[:, None]
+        g = scaled(v - q * sum_v[:, None], factor[:, None], ZERO)
     if CE:
         ce_factor, max_raw, log_raw, smooth, hot = cross
         q1 = q if CE_IS_Q else tl.exp((raw - max_raw[:, None]) - log_raw[:, None])
@@ -69,7 +76,7 @@ def sweep(
     xs, zs, gxs, gzs, strides, begin, end, widths, live, inside, label, state, fate, factors, teacher_sum, cross,
     inverse_t, beta, DTYPE: tl.constexpr, KIND: tl.constexpr, SUMS: tl.constexpr, LOSS: tl.constexpr,
     GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, CE: tl.constexpr, CE_IS_Q: tl.constexpr, BACKWARDS: tl.constexpr,
-    R: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
+    ZERO: tl.constexpr, R: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One pass over the classes [begin, end): loss, sum v and sum u per row, and the gradients."""
     x_stride, z_stride, gx_stride, gz_stride = strides
@@ -93,10 +100,10 @@ def sweep(
             sum_v += v
             sum_u += u
         if GRAD_S:
-            g = student_gradient(q, v, raw, columns, label, fate, factors, cross, KIND, CE, CE_IS_Q)
+            g = student_gradient(q, v, raw, columns, label, fate, factors, cross, KIND, CE, CE_IS_Q, ZERO)
             store_tile(gxs, columns, gx_stride, inside, end, student_width, g, WIDE)
         if GRAD_T:
-            g = apply_fate((u - p * teacher_sum[:, None]) * factors[0][:, None], fate)
+            g = apply_fate(scaled(u - p * teacher_sum[:, None], factors[0][:, None], ZERO), fate)
             store_tile(gzs, columns, gz_stride, inside, end, teacher_width, g, WIDE)
     return tl.sum(loss, 1), tl.sum(sum_v, 1), tl.sum(sum_u, 1)
 
@@ -187,11 +194,12 @@ def divergence_kernel(
     KIND: tl.constexpr, DTYPE: tl.constexpr, SOURCE: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, GIVEN: tl.constexpr,
     LOSS: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, CE: tl.constexpr, RAW: tl.constexpr, SMOOTH: tl.constexpr,
     ONLINE_V: tl.constexpr, ONLINE_U: tl.constexpr, ONLINE_R: tl.constexpr,
-    SPLITS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, SINGLE: tl.constexpr, WIDE: tl.constexpr,
+    SPLITS: tl.constexpr, R: tl.constexpr, B: tl.constexpr, SINGLE: tl.constexpr, WIDE: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """The passes after the log-sum-exps, and those too where SOURCE is "logits"; else they come from "partials" of
     log_sums_kernel or, in the backward, as "stats". SUMS: a pass of its own for sum v, sum u and the loss; GIVEN: those sums
-    come from a launch before. ROWS: loss and stats per row; else the weighted sums of this program, to be added by total_kernel.
+    come from a launch before. ZERO: the divergence has factor 0. ROWS: loss and stats per row; else the weighted sums of this
+    program, to be added by total_kernel.
     """
     split, block, outer, i, inside, row = place(n_splits, tiles, inner, R)
     weight = per_row(row_weight, row, inside, 1.0, R, DTYPE)
@@ -284,17 +292,19 @@ def divergence_kernel(
             sum_u = tl.sum(u, 1)
             sum_v, sum_u = closed_sums(sum_v, sum_u, KIND)
         if GRAD_S:
-            g = student_gradient(q, v, raw, columns, label, fate, (factor, v_factor, sum_v), cross, KIND, CE, CE_IS_Q)
+            g = student_gradient(
+                q, v, raw, columns, label, fate, (factor, v_factor, sum_v), cross, KIND, CE, CE_IS_Q, ZERO
+            )
             store_tile(gxs, columns, gx4, inside, classes, student_width, g, WIDE)
         if GRAD_T:
-            g = apply_fate((u - p * sum_u[:, None]) * factor[:, None], fate)
+            g = apply_fate(scaled(u - p * sum_u[:, None], factor[:, None], ZERO), fate)
             store_tile(gzs, columns, gz4, inside, classes, teacher_width, g, WIDE)
     else:
         if SUMS:
             swept, new_v, new_u = sweep(
                 xs, zs, gxs, gzs, strides, begin, end, widths, live, inside, label, state, fate,
                 (factor, v_factor, sum_v), sum_u, cross, inverse_t, beta,
-                DTYPE, KIND, True, True, False, False, CE, CE_IS_Q, True, R, B, WIDE,
+                DTYPE, KIND, True, True, False, False, CE, CE_IS_Q, True, ZERO, R, B, WIDE,
             )  # fmt: skip
             if KIND == "dkd":
                 sum_v = tl.where(split == 0, sum_v, 0.0)
@@ -308,7 +318,7 @@ def divergence_kernel(
             found, _, _ = sweep(
                 xs, zs, gxs, gzs, strides, begin, end, widths, live, inside, label, state, fate,
                 (factor, v_factor, sum_v), sum_u, cross, inverse_t, beta,
-                DTYPE, KIND, False, LOSS and not SUMS, GRAD_S, GRAD_T, CE, CE_IS_Q, not SUMS, R, B, WIDE,
+                DTYPE, KIND, False, LOSS and not SUMS, GRAD_S, GRAD_T, CE, CE_IS_Q, not SUMS, ZERO, R, B, WIDE,
             )  # fmt: skip
             if LOSS and not SUMS:
                 swept = found

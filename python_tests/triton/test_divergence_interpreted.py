@@ -233,6 +233,24 @@ def test_masked_classes(kind, form):
         assert rows[0] == INF and gradient.isfinite().all() and gradient[0].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "dkd"])
+def test_an_infinite_divergence_of_factor_0_leaves_the_gradient_of_cross_entropy(kind, form):
+    student, teacher = logits(4, 150)
+    (student if kind == "forward_kl" else teacher).data[:, 7] = -INF
+    teacher.requires_grad_(kind != "dkd")
+    labels, weight = torch.tensor([3, 149, 20, 0]), torch.full((4,), 0.25)
+    loss, parts = divergence_total(
+        student, teacher, kind=kind, beta=(1.0, 2.0) if kind == "dkd" else 0.5, temperature=2.0, labels=labels, vocab_size=None,
+        row_weight=weight, kd_factor=0.0, ce_factor=1.0, backend="cpu",
+    )  # fmt: skip
+    want = torch.nn.functional.cross_entropy(student, labels)
+    torch.testing.assert_close(loss, want)
+    assert kind == "dkd" or parts[0] == INF
+    grads = torch.autograd.grad(loss, (student, teacher) if kind != "dkd" else (student,))
+    torch.testing.assert_close(grads[0], torch.autograd.grad(want, student)[0], rtol=1e-5, atol=1e-7)
+    assert not any(g.any() for g in grads[1:]) and grads[0].abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "js", "dkd"])
 @pytest.mark.parametrize("value", [math.nan, INF])
 def test_nan_in_gives_nan_out_in_that_row_alone(kind, value, form):
