@@ -313,7 +313,7 @@ rows and, in place, into gradients. These products are float32 unless the progra
 (`torch.set_float32_matmul_precision`).
 
 `make test-triton` runs both checks, in two processes: a kernel defined under the interpreter cannot be compiled. The tests that
-need a GPU, a CUDA graph among them, are in `python_tests/triton/test_on_a_gpu.py` and skip without one.
+need a GPU, a CUDA graph among them, are in `python_tests/gpu` and `python_tests/triton/test_on_a_gpu.py`; they skip without one.
 
 ## What each kernel uses
 Registers of a thread / shared memory in bytes / spilled (bytes of a thread; registers on gfx942), compiled by Triton {triton} for

@@ -17,7 +17,6 @@ products than eager does; rows with an upstream factor of their own make the sco
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,11 +37,11 @@ from kdfast._library import (
     transforms_active,
 )  # fmt: skip
 from kdfast.ops.divergence import KINDS, divergence_reference
-from kdfast.ops.pairwise import BLOCK_BYTES, NORM_FLOOR, SIMILARITIES, row_blocks
+from kdfast.ops.pairwise import BLOCK_BYTES, NORM_FLOOR, SIMILARITIES
+from kdfast.ops.relation_blocks import MSE_RELATIONS, relation_by_blocks, token_gradient
 from kdfast.triton import reason as triton_reason
 from kdfast.triton import register
 
-MSE_RELATIONS = ("softmax", "gram")
 KL_KINDS = tuple(kind for kind in KINDS if kind not in ("dkd", "binary"))
 
 
@@ -157,55 +156,11 @@ lib.define(
 )
 
 
-def _gradient_like(tokens: Tensor, needed: bool) -> Tensor:
-    return tokens.new_empty(tokens.shape if needed else (0,))
-
-
 @torch.library.register_fake("kdfast::relation")
 def _(student, teacher, mask, row_weight, compare, beta, temperature, student_scale, teacher_scale, diagonal,
       need_student, need_teacher):  # fmt: skip
     rows = student.new_empty(student.shape[:2])
-    return rows, _gradient_like(student, need_student), _gradient_like(teacher, need_teacher)
-
-
-# compare_rows(compare, tables, scales, mask, diagonal, first_row, weight, needs, out): a block of both tables of products to rows,
-# and the tables, in their place, to the gradients of the products that `needs` asks for.
-def relation_by_blocks(
-    compare_rows: Callable[..., None], block_bytes: int, student: Tensor, teacher: Tensor, mask: Tensor | None, row_weight: Tensor | None,
-    compare: str, beta: float, temperature: float, student_scale: float, teacher_scale: float, diagonal: bool, need_student: bool,
-    need_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The op, on the fused backends."""
-    sets, n = student.shape[:2]
-    rows = student.new_empty(sets, n)
-    sides = (student, student_scale, need_student), (teacher, teacher_scale, need_teacher)
-    grads = tuple(_gradient_like(x, need).zero_() for x, _, need in sides)
-    blocks = _blocks(sets, n, student.element_size(), block_bytes)
-    size = max(((b1 - b0) * (r1 - r0) * n for b0, b1, r0, r1 in blocks), default=0)
-    buffers = student.new_empty(size), student.new_empty(size)
-    for b0, b1, r0, r1 in blocks:
-        shape = (b1 - b0, r1 - r0, n)
-        tables = [buffer[: shape[0] * shape[1] * n].view(shape) for buffer in buffers]
-        for table, (x, _, _) in zip(tables, sides):
-            _product(x[b0:b1, r0:r1], x[b0:b1].mT, table)
-        weight = None if row_weight is None else row_weight[b0:b1, r0:r1]
-        if compare in MSE_RELATIONS:
-            kept = None if mask is None else mask[b0:b1]
-            needs = (need_student, need_teacher)
-            compare_rows(
-                compare, tables, (student_scale, teacher_scale), kept, diagonal, r0, weight, needs, rows[b0:b1, r0:r1]
-            )
-        else:
-            outputs = _divergence_block(
-                tables, sides, mask, diagonal, (b0, b1, r0), weight, (compare, beta, 0.0, temperature)
-            )
-            rows[b0:b1, r0:r1], *tables = outputs
-        for (x, _, need), grad, table in zip(sides, grads, tables):
-            if need:
-                _add_token_gradient(grad[b0:b1], table, x[b0:b1], r0, r1)
-    if mask is not None:
-        rows.masked_fill_(~mask, 0.0)
-    return rows, grads[0], grads[1]
+    return rows, token_gradient(student, need_student), token_gradient(teacher, need_teacher)
 
 
 def _compare_rows_cpu(compare, tables, scales, mask, diagonal, first_row, weight, needs, out):
@@ -222,46 +177,6 @@ def _relation_cpu(*arguments):
 
 
 register("relation", "relation", "relation")
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, [sets, ., .]; one set is a plain product, which runs faster than a batch of one."""
-    torch.mm(a[0], b[0], out=out[0]) if len(a) == 1 else torch.bmm(a, b, out=out)
-
-
-def _blocks(sets: int, n: int, itemsize: int, size: int = BLOCK_BYTES) -> list[tuple[int, int, int, int]]:
-    """(first set, last set, first row, last row): several small sets in one block, or one large set in several."""
-    per_block = size // max(n * n * itemsize, 1)
-    if per_block >= 1:
-        return [(b, min(b + per_block, sets), 0, n) for b in range(0, sets, per_block)]
-    return [(b, b + 1, r0, r1) for b in range(sets) for r0, r1 in row_blocks(n, n, itemsize, size)]
-
-
-def _add_token_gradient(grad: Tensor, g: Tensor, x: Tensor, r0: int, r1: int) -> None:
-    """grad += (G + G^T) x for the rows r0..r1 of G."""
-    if len(g) > 1 or r1 - r0 == x.shape[1]:  # whole sets: one product
-        grad.baddbmm_(g + g.mT, x)
-        return
-    grad[0, r0:r1].addmm_(g[0], x[0])
-    grad[0].addmm_(g[0].T, x[0, r0:r1])
-
-
-def _divergence_block(tables, sides, mask, diagonal, block, weight, kind):
-    """(rows, gradients of the products) by the divergence kernels; left-out columns are -inf logits."""
-    b0, b1, r0 = block
-    for table, (_, scale, _) in zip(tables, sides):
-        table.mul_(scale)
-        if mask is not None:
-            table.masked_fill_(~mask[b0:b1].unsqueeze(1), -torch.inf)
-        if not diagonal:
-            table[:, :, r0:].diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    options = (*kind, tables[0].shape[-1], tables[0].dim() - 1)
-    rows, stats = torch.ops.kdfast.divergence_rows(*tables, None, None, *options)
-    needs = tuple(need for _, _, need in sides)
-    if not any(needs):
-        return rows, None, None
-    grads = torch.ops.kdfast.divergence_rows_backward(weight.contiguous(), *tables, stats, None, None, *options, *needs)
-    return rows, *(g.mul_(scale) if need else None for g, (_, scale, need) in zip(grads, sides))
 
 
 _relation_op = direct(torch.ops.kdfast.relation.default, _relation_cpu)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops import relation as op
+from kdfast.ops.relation_blocks import relation_by_blocks
 from kdfast.triton import relation_kernels as kernels
 from kdfast.triton.launch import launch
 from kdfast.triton.pairwise import BLOCK_BYTES, score_tile
@@ -32,4 +32,4 @@ def _compare(
 
 def relation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """kdfast::relation: rows, and of weighted rows the gradients."""
-    return op.relation_by_blocks(_compare, BLOCK_BYTES, *arguments)
+    return relation_by_blocks(_compare, BLOCK_BYTES, *arguments)

@@ -117,13 +117,13 @@ def test_row_blocks_of_a_large_set(relation, monkeypatch):
     options = dict(relation=relation, diagonal=False, mask=mask())
     want = torch.autograd.grad((relation_mse(s, t, **options) * up).sum(), (s, t))
     cut = [(0, 1, 0, 2), (0, 1, 2, 5), (1, 2, 0, 1), (1, 2, 1, 4), (1, 2, 4, 5)]
-    monkeypatch.setattr("kdfast.ops.relation._blocks", lambda *_: cut)
+    monkeypatch.setattr("kdfast.ops.relation_blocks._blocks", lambda *_: cut)
     got = torch.autograd.grad((relation_mse(s, t, **options) * up).sum(), (s, t))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
 def test_blocks_cover_every_row_once():
-    from kdfast.ops.relation import BLOCK_BYTES, _blocks
+    from kdfast.ops.relation_blocks import BLOCK_BYTES, _blocks
 
     for sets, n in ((256, 196), (3, 5000), (1, 1)):
         seen = torch.zeros(sets, n, dtype=torch.int32)
