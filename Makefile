@@ -59,7 +59,7 @@ test-triton: $(READY)
 
 # What every Triton kernel uses on each GPU: benchmarks/results/triton/registers.json and docs/triton.md.
 triton-table: $(if $(VIRTUAL_ENV),,$(READY))
-	PYTHONPATH=$(CURDIR) $(ACTIVE) tools/triton_table.py
+	PYTHONPATH=$(CURDIR) $(ACTIVE) tools/triton_table.py $(CASES)
 
 # The kernels' tests on a core with AddressSanitizer and UndefinedBehaviorSanitizer. -k: a compiler would inherit the preload, and
 # the reference's own derivatives run no kernel. --capture=sys leaves the sanitizers their stream: a report captured by a

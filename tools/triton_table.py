@@ -1,5 +1,5 @@
 """Compiles every Triton kernel for GPUs that need not be here, and keeps what each uses: `make triton-table` writes
-benchmarks/results/triton/registers.json and docs/triton.md; python_tests/triton/test_ahead_of_time.py compares.
+benchmarks/results/triton/registers.json and docs/triton.md; python_tests/triton/test_ahead_of_time.py compares. CASES="words" for make: only the cases with one of them in their name.
 
 A case is a call of an op on meta tensors, whose launches are recorded instead of made; each is compiled as it would be launched.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdfast.triton import divergence, pairwise, relation, routing, selective, token_graph
+from kdfast.triton import divergence, pairwise, relation, routing, selective, sinkhorn, sinkhorn_kd, token_graph
 from kdfast.triton.launch import Launch, recording
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +143,23 @@ def token_graph_kl(n: int, width: int, k: int) -> Callable[[], Any]:
     return call
 
 
+def transport(*shape: int, tol: float = -1.0) -> Callable[[], Any]:
+    def call() -> None:
+        cost = meta(*shape, dtype=torch.float32)
+        a, b = meta(*shape[:-1], dtype=torch.float32), meta(*shape[:-2], shape[-1], dtype=torch.float32)
+        options = (0.1, 2, True, 1.0, 1.0)
+        value, _, _, _, iterations, saved = sinkhorn.solve(cost, a, b, *options, tol, False, True)
+        sinkhorn.backward(cost, a, b, iterations, saved, value, None, None, None, *options, False)
+
+    return call
+
+
+def sinkhorn_kd_loss(*shape: int) -> Callable[[], Any]:
+    return lambda: sinkhorn_kd.sinkhorn_kd(
+        meta(*shape), meta(*shape), None, 2.0, 0.1, 2, 1, True, 1.0, False, True, False
+    )
+
+
 LONG, FEW, SHORT = (8192, 128256), (64, 262144), (65536, 1000)
 KINDS = (
     "forward_kl",
@@ -198,6 +216,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "relation, gram, masked, 8 sets of 1024": relation_mse(8, 1024, 384, "gram", mask=True),
     "neighbours, k = 8, 4096 tokens of 384": knn_graph(4096, 384, 8),
     "token graph, edges and KL, 4096 tokens of 384": token_graph_kl(4096, 384, 8),
+    "sinkhorn, two iterations with tol, 2048x2048": transport(2048, 2048, tol=1e-3),
+    "sinkhorn_kd_loss, 64 x 64 over 151936": sinkhorn_kd_loss(64, 151936),
 }
 
 
@@ -302,7 +322,17 @@ reference, and by compiling them for four GPUs. So there is no speed here, only 
 `selective_kl` reads both maps once up to 256 classes (8192 with the classes last; half in float64): 8 bytes of a float32 logit pair, 4 written for
 each gradient, and the labels once more to know by what to divide; `normalizer="selected"` reads the maps twice. Beyond 256
 classes: three times. Routing scores read the logits once, a plan takes five launches (eight in choice order), dispatch and
-combine read and write each row of the model once; the grouped products of the experts run the reference.
+combine read and write each row of the model once. The grouped products of the experts are torch's `grouped_mm`
+in bfloat16 with widths that are multiples of 8; what it cannot take runs the reference, which waits for the counts.
+
+`sinkhorn` and `sinkhorn_cost` solve a problem of up to 16384 entries (4096 in float64; sides rounded up to powers of two) in one
+launch, and differentiate it in one, several tiny problems to a program: the cost is read twice, whatever n_iters is. Half-steps are
+products with exp(-C / epsilon + references) in registers; an iteration whose potentials leave the references' range is done with
+exponentials and a maximum. Beyond 64 x 128 entries those registers spill on sm_90 (376 bytes of a thread at 128 x 128), still one launch instead of
+2 n_iters. Larger problems take two launches an iteration, each a read of the cost, which stays in L2 up to some 20 MB; the
+reverse as many, and one that makes the cost's gradient from the n_iters (N + M) numbers that arrive at the half-steps. `tol`
+freezes problems on the device: their programs return at once. `sinkhorn_kd_loss` is one op, softened rows, `pairwise_cost`, transport
+and back. `update="average"`, `reg_type="kl"` and an epsilon per iteration run the reference, which says so.
 
 Token graphs hold no n x n matrix: one kernel makes the products of centred tokens tile by tile and keeps the 2k best candidates of
 each token in registers, a second ranks them by exact distances and proves the choice (a token without proof looks at all). The
@@ -322,9 +352,14 @@ increase of spills is red.
 """
 
 
-def main() -> None:
+def main(*words: str) -> None:
+    """All cases, or those whose name has one of the words, and what the table lacks."""
     table: dict[str, Any] = {"triton": triton.__version__, "cases": {}}
+    kept = load()["cases"] if words else {}
     for case in CASES:
+        if case in kept and not any(word in case for word in words):
+            table["cases"][case] = kept[case]
+            continue
         table["cases"][case] = {target: uses(case, target) for target in TARGETS}
         print(
             case,
@@ -337,4 +372,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -10,7 +10,8 @@ With E the expert of a slot and the plan of `routing_plan`:
     da_s = dh_s act'(a_s) [* W3 x]    dW1_E = sum_s da_s x_n^t                          dx_n = sum_j W1_E^t da_nj
 
 dw needs no expert output, so none is kept. Experts without rows get zero gradients. The products are torch's own, one per
-expert on contiguous rows; grouping and summing are the kernels of `routing_plan`.
+expert on contiguous rows; grouping and summing are the kernels of `routing_plan`. On a GPU one grouped product of torch takes
+all experts, where it can (`grouped_reason`): the counts stay on the device. The reference reads them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from torch import Tensor
 
 from kdfast._checks import check_choice, check_float_tensor
 from kdfast._library import applied, compute_dtype, direct, first_derivative_only, lib, new_empty
+from kdfast.ops.routing_grouped import grouped_linear_at_once, grouped_reason
 from kdfast.ops.routing_plan import (
     Plan,
     check_slot_weights,
+    combine,
     combine_reference,
+    dispatch,
     dispatch_reference,
     fused_backend,
     gather_rows,
@@ -324,6 +328,19 @@ class _MLP(torch.autograd.Function):
 _apply_linear, _apply_mlp = applied(_Linear), applied(_MLP)
 
 
+# ---------------------------------------------------------------- all experts at once, on a GPU
+def grouped_mlp_at_once(
+    x: Tensor, plan: Plan, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, weights: Tensor | None,
+    *, activation: str, w3: Tensor | None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """`grouped_mlp_reference` without reading the counts; `backend` moves the rows."""
+    rows = dispatch(x, plan, backend=backend)
+    hidden = ACTIVATIONS[activation](grouped_linear_at_once(rows, plan, w1, b1))
+    if w3 is not None:
+        hidden = hidden * grouped_linear_at_once(rows, plan, w3)
+    return combine(grouped_linear_at_once(hidden, plan, w2, b2), weights, plan, backend=backend)
+
+
 # ---------------------------------------------------------------- public
 def grouped_linear(
     rows: Tensor, plan: Plan, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
@@ -333,7 +350,9 @@ def grouped_linear(
     Args:
         rows: [M, in] in grouped order (`dispatch`). weight: [E, out, in], as E nn.Linear; a transposed view of
             [E, in, out] is read in place. bias: [E, out] or None.
-    Differentiable in rows, weight and bias. The reference splits rows by the counts, which a GPU must wait for.
+        backend: on a GPU "triton" is torch's grouped product (bfloat16, widths that are multiples of 8) beside kernels that move
+            the rows; what it cannot take runs the reference, which splits rows by the counts, and waits for the GPU to have them.
+    Differentiable in rows, weight and bias.
 
     >>> rows = grouped_linear(dispatch(x, plan), plan, torch.randn(8, 32, 16))
     """
@@ -344,8 +363,13 @@ def grouped_linear(
         )
     _check_experts("weight", weight, (plan.counts.shape[0], None, rows.shape[1]), rows)
     _check_experts("bias", bias, (plan.counts.shape[0], weight.shape[1]), rows)
-    if fused_backend("grouped_linear", backend, rows, weight, bias, plan.order) == "reference":
+    chosen = fused_backend(
+        "grouped_linear", backend, rows, weight, bias, plan.order, also=lambda: grouped_reason(rows, weight)
+    )
+    if chosen == "reference":
         return grouped_linear_reference(rows, plan, weight, bias)
+    if chosen == "triton":
+        return grouped_linear_at_once(rows, plan, weight, bias)
     return _apply_linear(rows, plan.offsets, weight, bias)
 
 
@@ -387,8 +411,13 @@ def grouped_mlp(
     _check_experts("b2", b2, (experts, w2.shape[1]), x)
     _check_experts("w3", w3, (experts, hidden, width), x)
     check_slot_weights(weights, plan)
-    if fused_backend("grouped_mlp", backend, x, w1, w2, weights, plan.order) == "reference":
+    chosen = fused_backend(
+        "grouped_mlp", backend, x, w1, w2, weights, plan.order, also=lambda: grouped_reason(x, w1, w2, w3)
+    )
+    if chosen == "reference":
         return grouped_mlp_reference(x, plan, w1, b1, w2, b2, weights, activation=activation, w3=w3)
+    if chosen == "triton":
+        return grouped_mlp_at_once(x, plan, w1, b1, w2, b2, weights, activation=activation, w3=w3, backend=backend)
     weights = None if weights is None else weights.to(compute_dtype(x))
     return _apply_mlp(x, plan.order, plan.inverse, plan.offsets, w1, b1, w2, b2, w3, weights, activation)[0]
 

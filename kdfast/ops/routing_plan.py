@@ -20,6 +20,7 @@ and floor(M / B) + min(E, M) blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -328,8 +329,13 @@ class _Combine(torch.autograd.Function):
 _apply_dispatch, _apply_combine = applied(_Dispatch), applied(_Combine)
 
 
-def fused_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
-    """The backend for floating tensors and the ids beside them: what every function of this family can run on."""
+def fused_backend(
+    op: str, backend: str | None, *tensors: Tensor | None, also: Callable[[], str | None] = lambda: None
+) -> str:
+    """The backend for floating tensors and the ids beside them: what every function of this family can run on.
+
+    also: what else an op needs of a GPU, as a reason why not or None.
+    """
 
     def cpu() -> str | None:
         if (why := core_reason()) is not None:
@@ -338,7 +344,7 @@ def fused_backend(op: str, backend: str | None, *tensors: Tensor | None) -> str:
         return None if away is None else f"the tensors are on {away}"
 
     def triton() -> str | None:
-        return triton_reason(op, *(t for t in tensors if t is not None))
+        return triton_reason(op, *(t for t in tensors if t is not None)) or also()
 
     return choose(op, backend, {"cpu": cpu, "triton": triton}, tensors)
 

@@ -53,6 +53,8 @@ from kdfast._library import (
     operand,
     transforms_active,
 )
+from kdfast.triton import reason as triton_reason
+from kdfast.triton import register
 
 ORDERS = ("rows_first", "columns_first")
 UPDATES = ("alternate", "average")
@@ -255,6 +257,9 @@ def _sinkhorn_backward_cpu(cost, a, b, iterations, saved, grad_value, grad_plan,
     return grad_cost, grad_a, grad_b
 
 
+register("sinkhorn", "sinkhorn", "solve")
+register("sinkhorn_backward", "sinkhorn", "backward")
+
 # ---------------------------------------------------------------- autograd
 _op = direct(torch.ops.kdfast.sinkhorn.default, _sinkhorn_cpu)
 _backward_op = direct(torch.ops.kdfast.sinkhorn_backward.default, _sinkhorn_backward_cpu)
@@ -362,8 +367,8 @@ def sinkhorn(
         reg_type: "entropy" or "kl", POT's names for what P is compared with.
         grad: "unrolled" differentiates every iteration, exactly. "envelope" returns everything detached, so that
             (plan * cost).sum() has the gradient P: that of the converged entropic cost, by Danskin's theorem.
-        backend: "cpu", "reference" or None for the best that can run. update="average", reg_type="kl" and an epsilon per
-            iteration run in the reference.
+        backend: "cpu", "triton", "reference" or None for the best that can run. update="average", reg_type="kl" and an
+            epsilon per iteration run in the reference.
     Returns:
         SinkhornOutput(plan [..., N, M], f [..., N], g [..., M], iterations [...]), float32 (float64 for float64 input).
     Differentiable in cost, a and b, through plan, f and g.
@@ -477,20 +482,27 @@ def _check_weights(name: str, weights, cost: Tensor, size: int) -> None:
         raise ValueError(f"{name}: expected weights >= 0, got one that is not")
 
 
+def _reference_only(epsilon, update, reg_type) -> str | None:
+    if update == "average":
+        return "update='average' comes from the reference only"
+    if reg_type == "kl":
+        return "reg_type='kl' comes from the reference only"
+    if isinstance(epsilon, Sequence):
+        return "an epsilon per iteration comes from the reference only"
+    return None
+
+
 def _choose(op: str, cost, a, b, epsilon, update, reg_type, backend) -> str:
     def cpu() -> str | None:
         if (why := core_reason()) is not None:
             return why
         if cost.device.type not in ("cpu", "meta"):
             return f"the tensors are on {cost.device}"
-        if update == "average":
-            return "update='average' comes from the reference only"
-        if reg_type == "kl":
-            return "reg_type='kl' comes from the reference only"
-        if isinstance(epsilon, Sequence):
-            return "an epsilon per iteration comes from the reference only"
         if cost.dim() > 9:
             return f"cost has {cost.dim()} dimensions, the core takes 9"
-        return None
+        return _reference_only(epsilon, update, reg_type)
 
-    return choose(op, backend, {"cpu": cpu}, (cost, a, b))
+    def triton() -> str | None:
+        return triton_reason("sinkhorn", cost) or _reference_only(epsilon, update, reg_type)
+
+    return choose(op, backend, {"cpu": cpu, "triton": triton}, (cost, a, b))

@@ -6,7 +6,7 @@
     dstudent_i = p_i (dp_i - <dp_i, p_i>) / T
 
 The compiled core runs the kernels of the pairwise cost and of the transport problem one after the other, and makes the
-final gradient in the forward: for a batch of 16 the cost of a loss is that of calling it.
+final gradient in the forward: for a batch of 16 the cost of a loss is that of calling it. On a GPU the same with Triton kernels.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from kdfast._library import (
 )
 from kdfast.ops.pairwise import pairwise_cost
 from kdfast.ops.sinkhorn import sinkhorn_cost
+from kdfast.triton import reason as triton_reason
+from kdfast.triton import register
 
 
 # ---------------------------------------------------------------- reference: the definition, with every option
@@ -113,6 +115,8 @@ def _problems(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
     return where, dtype, strides if len(strides) == 3 else (0, *strides)
 
 
+register("sinkhorn_kd", "sinkhorn_kd", "sinkhorn_kd")
+
 # ---------------------------------------------------------------- autograd
 _op = direct(torch.ops.kdfast.sinkhorn_kd.default, _sinkhorn_kd_cpu)
 
@@ -171,7 +175,10 @@ def sinkhorn_kd(
             return f"the tensors are on {student.device}"
         return None
 
-    chosen = choose("sinkhorn_kd_loss", backend, {"cpu": cpu}, (student, teacher))
+    def triton() -> str | None:
+        return triton_reason("sinkhorn_kd_loss", student, teacher)
+
+    chosen = choose("sinkhorn_kd_loss", backend, {"cpu": cpu, "triton": triton}, (student, teacher))
     if chosen == "reference" or transforms_active():
         return sinkhorn_kd_reference(
             student, teacher, temperature=temperature, epsilon=epsilon, n_iters=n_iters, p=p, scale=scale, order=order,

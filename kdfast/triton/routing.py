@@ -1,7 +1,7 @@
 """`kdfast.ops.routing` and `routing_plan` on a GPU: scores with top-k, plans, and the moves of rows, as functions on tensors.
 
-Every length is known from the shapes, so nothing waits for the GPU. The grouped products of `routing_experts` are not here: the
-reference runs them, and reads the counts.
+Every length is known from the shapes, so nothing waits for the GPU. The grouped products of `routing_experts` are torch's
+(kdfast/ops/routing_grouped.py).
 """
 
 from __future__ import annotations

@@ -12,10 +12,11 @@ import triton  # noqa: E402
 from tools import triton_table  # noqa: E402
 
 TABLE = triton_table.load()
-# Those that move a model's logits; the others hold up to 8 bytes of a stack on some target.
+# Those that move a model's logits or iterate; the others hold up to 8 bytes of a stack on some target.
 HOT = (
     "divergence_kernel", "log_sums_kernel", "selective_kernel",
     "candidates_kernel", "rank_kernel", "edge_gradient_kernel", "cost_kernel", "cost_gradient_kernel", "contrast_kernel", "relation_kernel",
+    "solve_kernel", "reverse_kernel", "half_step_kernel", "reverse_step_kernel", "gradient_kernel", "soften_kernel", "soften_backward_kernel",
 )  # fmt: skip
 
 
