@@ -130,7 +130,7 @@ def solve(
     call = _Call(cost, a, b, epsilon, n_iters, rows_first, lam_a, lam_b)
     value, plan, f, g, iterations, saved = _outputs(cost, a, b, n_iters, need_plan, need_saved)
     first, second = (g, f) if call.turned else (f, g)
-    out = {
+    out: dict[str, Any] = {
         "plan": plan if need_plan else None, "iterations": iterations, "saved": saved if need_saved else None,
     }  # fmt: skip
     if call.small:
