@@ -14,6 +14,8 @@ gradient there, which makes the pass in place safe (`test_the_gradient_may_lie_o
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,7 +25,9 @@ from torch import Tensor
 from kdfast._library import compute_dtype, new_empty
 from kdfast.ops.sparse_divergence import BLOCK_BYTES
 
-CHUNK_BYTES = 64 << 20  # one chunk of logits: products of that many rows run at full speed
+# One chunk of logits. On the CPU counted in float32: products of 100 rows take 1.3 times as long per row as those of 200.
+CHUNK_BYTES = 128 << 20
+DEVICE_CHUNK_BYTES = 512 << 20  # products fill a GPU with 2000 rows
 # A float32 block of a weight's gradient. Above 32 MB glibc gives a block back to the system as soon as it is freed.
 GRADIENT_BYTES = 40 << 20
 ADDED_ROWS = 2048
@@ -72,10 +76,22 @@ def logits_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return compute_dtype(hidden, weight)
 
 
+@functools.cache
+def bfloat16_products() -> bool:
+    """Whether products in bfloat16 are fast on this CPU: without AVX-512 torch's run at a sixth of the speed of float32's."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the products of logits of `dtype`, and of their gradients, are computed in."""
+    slow = dtype == torch.bfloat16 and device.type == "cpu" and not bfloat16_products()
+    return torch.float32 if slow else dtype
+
+
 def default_chunk_rows(classes: int, dtype: torch.dtype, device: torch.device) -> int:
-    size = CHUNK_BYTES if device.type in ("cpu", "meta") else 8 * CHUNK_BYTES  # products fill a GPU with 2000 rows
-    rows = size // (classes * dtype.itemsize) // 16 * 16
-    return min(max(rows, 16), 4096)
+    on_cpu = device.type in ("cpu", "meta")
+    rows = CHUNK_BYTES // (4 * classes) if on_cpu else DEVICE_CHUNK_BYTES // (classes * dtype.itemsize)
+    return min(max(rows // 16 * 16, 16), 4096)
 
 
 def row_chunks(rows: int, kept: Tensor | None, chunk_rows: int) -> Iterator[Rows]:
@@ -140,8 +156,10 @@ class Model:
         self.weight = None if weight is None else weight[:classes]
         self.bias = None if bias is None else bias[:classes]
         self.dtype = inputs.dtype if weight is None else logits_dtype(inputs, weight)
+        self.products = products_dtype(self.dtype, inputs.device)
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.buffer: Tensor | None = None
+        self.scratch: dict[str, Tensor] = {}
         self.first = True
         self.needed = any(needs)
         self.grad_inputs = torch.zeros_like(inputs, dtype=stored(inputs), memory_format=torch.contiguous_format) if needs[0] else None  # fmt: skip
@@ -150,7 +168,7 @@ class Model:
         if needs[1] and weight is not None:
             if weight.dtype == torch.bfloat16:
                 self.weight_blocks = [
-                    weight.new_empty((at.stop - at.start) * weight.shape[1], dtype=torch.float32)
+                    weight.new_empty((at.stop - at.start) * weight.shape[1], dtype=self.wide)
                     for at in self._class_blocks()
                 ]
             else:
@@ -165,17 +183,41 @@ class Model:
         if self.buffer is None or len(self.buffer) < len(inputs):
             self.buffer = new_empty(inputs, (len(inputs), self.classes), self.dtype)
         out = self.buffer[: len(inputs)]
-        if self.weight.dtype == self.dtype:
-            return product(inputs.to(self.dtype), self.weight.T, self.scale, out, self.bias)
-        inputs = inputs.to(self.dtype)
-        for at in self._head_blocks():  # a float32 copy of the whole head would be as large as its gradient
+        inputs = inputs.to(self.products)
+        for at in self._head_blocks(len(inputs)):
+            weight = self._converted("weight", self.weight[at]).T
             bias = None if self.bias is None else self.bias[at]
-            product(inputs, self.weight[at].to(self.dtype).T, self.scale, out[:, at], bias)
+            if self.products == self.dtype:
+                product(inputs, weight, self.scale, out[:, at], bias)
+            else:
+                wide = self._scratch("logits", (len(inputs), weight.shape[1]))
+                out[:, at] = product(inputs, weight, self.scale, wide, bias)
         return out
 
-    def _head_blocks(self) -> Iterator[slice]:
+    def _head_blocks(self, rows: int) -> Iterator[slice]:
+        """Classes of one product of `rows` rows. On the CPU a part of the head that stays in cache, which is faster and, where the
+        head or the logits have another type, keeps their copies small; elsewhere, and for bfloat16 products, whose column slices
+        are slow, all.
+        """
         assert self.weight is not None
-        yield from blocks(self.classes, BLOCK_BYTES // (4 * max(self.weight.shape[1], 1)))
+        whole = self.weight.dtype == self.products and (not self.weight.is_cpu or self.products == torch.bfloat16)
+        copied = not self.weight.dtype == self.dtype == self.products
+        longest = max(self.weight.shape[1], rows if copied else 0, 1)
+        step = self.classes if whole else BLOCK_BYTES // (2 if copied else 1) // (4 * longest)
+        for outer in (slice(0, self.classes),) if whole or self.weight_blocks is None else self._class_blocks():
+            for at in blocks(outer.stop - outer.start, step):
+                yield slice(outer.start + at.start, outer.start + at.stop)
+
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        """In the type of the products: as it is, or as a copy."""
+        return tensor if tensor.dtype == self.products else self._scratch(name, tuple(tensor.shape)).copy_(tensor)
+
+    def _scratch(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One buffer for all blocks: freed and made again in many sizes, they would stay with the allocator."""
+        size = math.prod(shape)
+        if name not in self.scratch or self.scratch[name].numel() < size:
+            self.scratch[name] = self.inputs.new_empty(size, dtype=self.products)
+        return self.scratch[name][:size].view(shape)
 
     def take(self, grad: Tensor, rows: Rows) -> None:
         """Adds what the gradient of a chunk's logits means for inputs, weight and bias."""
@@ -185,40 +227,50 @@ class Model:
                     self.grad_inputs.dtype
                 )  # a rank compares its classes only
             return
-        if self.grad_inputs is not None:
-            self.grad_inputs[rows] = self._times_weight(grad).to(self.grad_inputs.dtype)
-        if self.grad_weight is not None:
-            hidden = self.inputs[rows].to(self.wide)
-            if self.first:  # written, not zeroed and added to
-                product(grad.T, hidden, self.scale, self.grad_weight[: self.classes])
-            else:
-                self.grad_weight[: self.classes].addmm_(grad.T, hidden, alpha=self.scale)
-        if self.weight_blocks is not None:
-            self._add_by_blocks(grad, self.inputs[rows])
+        hidden = self.inputs[rows].to(self.products)
+        grad_hidden = None if self.grad_inputs is None else hidden.new_empty(hidden.shape)
+        for at in self._head_blocks(len(grad)):
+            part = self._converted("logits", grad[:, at])
+            if grad_hidden is not None:
+                product_into(
+                    part, self._converted("weight", self.weight[at]), self.scale, grad_hidden, first=at.start == 0
+                )
+            if (to := self._gradient_of(at)) is not None:
+                product_into(part.T, hidden, self.scale, to, first=self.first)
+        if self.weight_blocks is not None and self.products == torch.bfloat16:
+            self._add_by_blocks(grad, hidden)
+        if self.grad_inputs is not None and grad_hidden is not None:
+            self.grad_inputs[rows] = grad_hidden.to(self.grad_inputs.dtype)
         if self.grad_bias is not None:
             self.grad_bias.add_(grad.sum(0, dtype=self.wide), alpha=self.scale)
         self.first = False
 
-    def _times_weight(self, grad: Tensor) -> Tensor:
-        assert self.weight is not None
-        width = self.weight.shape[1]
-        if self.weight.dtype == grad.dtype:
-            return product(grad, self.weight, self.scale, grad.new_empty(len(grad), width))
-        total = grad.new_zeros(len(grad), width)
-        for at in self._head_blocks():
-            total.addmm_(grad[:, at], self.weight[at].to(grad.dtype), alpha=self.scale)
-        return total
+    def _gradient_of(self, at: slice) -> Tensor | None:
+        """[n, D], where the weight's gradient of some classes is summed; None: nowhere, or by `_add_by_blocks`."""
+        if self.grad_weight is not None:
+            return self.grad_weight[at]
+        if self.weight_blocks is None or self.products == torch.bfloat16:
+            return None
+        step = self._class_step()
+        start = at.start % step
+        block = self.weight_blocks[at.start // step].view(-1, self.inputs.shape[1])
+        return block[start : start + at.stop - at.start]
+
+    def _class_step(self) -> int:
+        assert self.full_weight is not None
+        return max(GRADIENT_BYTES // (4 * max(self.full_weight.shape[1], 1)), 1)
 
     def _class_blocks(self) -> Iterator[slice]:
-        assert self.full_weight is not None
-        yield from blocks(self.classes, GRADIENT_BYTES // (4 * self.full_weight.shape[1]))
+        yield from blocks(self.classes, self._class_step())
 
     def _feature_blocks(self) -> Iterator[slice]:
         assert self.full_weight is not None
-        yield from blocks(self.full_weight.shape[1], max(GRADIENT_BYTES // (2 * max(self.classes, 1)) // 64 * 64, 64))
+        width = self.full_weight.shape[1]
+        some = max(GRADIENT_BYTES // (2 * max(self.classes, 1)) // 64 * 64, 64)
+        yield from blocks(width, some if self.products == torch.bfloat16 else width)
 
     def _add_by_blocks(self, grad: Tensor, hidden: Tensor) -> None:
-        """bfloat16 weights: the products of a chunk are bfloat16, their sum over chunks is float32.
+        """bfloat16 products of a chunk, summed over chunks in float32.
 
         The product is cut along the features: one with a column slice of the chunk is much slower. The sum is
         cut along the classes, so that a finished part of it can be freed. A block is kept tile by tile, each contiguous: adding
@@ -226,7 +278,7 @@ class Model:
         """
         assert self.weight_blocks is not None
         for features in self._feature_blocks():
-            part = torch.mm(grad.T, hidden[:, features].to(grad.dtype))  # [C, few features]
+            part = torch.mm(grad.T, hidden[:, features])  # [C, few features]
             for classes, block in zip(self._class_blocks(), self.weight_blocks):
                 rows, to = part[classes], _tile(block, classes, features)
                 if not self.first:
@@ -241,7 +293,7 @@ class Model:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of inputs, weight and bias; empty where not asked for."""
-        self.buffer = None
+        self.buffer, self.scratch = None, {}
         grad_inputs, grad_weight, grad_bias = (
             self.inputs.new_empty(0) for _ in range(3)
         )  # an op's results may not be one
@@ -289,3 +341,11 @@ def product(a: Tensor, b: Tensor, scale: float, out: Tensor, bias: Tensor | None
     if scale == 1.0:
         return torch.mm(a, b, out=out)
     return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def product_into(a: Tensor, b: Tensor, scale: float, to: Tensor, *, first: bool) -> None:
+    """to += scale a b; the first time written, not zeroed and added to."""
+    if first:
+        product(a, b, scale, to)
+    else:
+        to.addmm_(a, b, alpha=scale)

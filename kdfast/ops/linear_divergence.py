@@ -14,8 +14,9 @@ Rows of weight 0 are left out before the products. `linear_chunks.py` has what a
 in place; on other devices `divergence` by its best backend, whose gradient is one more buffer of a chunk's size.
 backend="reference" (and torch.compile without the core) takes the reference, its chunks computed again in the backward.
 
-The logits of a bfloat16 model are bfloat16, as its own head would return them, all else is float32: on the CPU a product with
-float32 results takes several times as long. Those of a float16 model are float32, since their gradients would underflow.
+The logits of a bfloat16 model are bfloat16, as its own head would return them, all else is float32: on a CPU with bfloat16
+instructions a product with float32 results takes several times as long. On one without, the products are of float32 copies of a
+few classes, and rounded. Those of a float16 model are float32, since their gradients would underflow.
 """
 
 from __future__ import annotations
@@ -318,7 +319,8 @@ def linear_divergence(
             (student, teacher); a teacher given as logits is taken as it is.
         row_weight: [...] weights; the result is then the scalar sum of weight * row, its gradients made in the forward.
             Rows of weight 0 are left out before the products.
-        chunk_rows: rows of logits held at a time; None: 64 MiB of them on the CPU, 512 MiB on other devices.
+        chunk_rows: rows of logits held at a time; None: 128 MiB of them in float32 on the CPU (as many in
+            bfloat16), 512 MiB on other devices.
         backend: "cpu", "reference" or None for the best that can run.
         process_group: the heads (or the teacher's logits) are this rank's slice of the classes, in the order of ranks; everything
             else is equal on all ranks, labels, ids and vocab_size count the classes of all, and every rank calls forward and

@@ -405,14 +405,21 @@ def test_no_more_than_two_chunks_and_only_the_gradients_asked_for():
 
 @needs_core
 @pytest.mark.parametrize("logit_scale", [1.0, 0.5])
-def test_a_bfloat16_weights_gradient_in_many_blocks(monkeypatch, logit_scale):
-    """37 classes of 130 features in tiles of 7 and 64, over chunks and with classes left out, equal one block's."""
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_bfloat16_weights_gradient_in_many_blocks(monkeypatch, logit_scale, fast):
+    """37 classes of 130 features in tiles of 7 and 64, over chunks and with classes left out, equal one block's.
+
+    fast: whether this CPU is taken as one with products in bfloat16.
+    """
+    chunks = sys.modules["kdfast.ops.linear_chunks"]
+    monkeypatch.setattr(chunks, "bfloat16_products", lambda: fast)
+    monkeypatch.setattr(chunks, "BLOCK_BYTES", 3 * 4 * 130)  # three classes of a head at a time
     g = torch.Generator().manual_seed(0)
     h, w, ht, wt = (torch.randn(*s, generator=g).bfloat16() for s in ((N, 130), (V, 130), (N, DT), (V, DT)))
     w.requires_grad_()
     results = []
     for size in (40 << 20, 4000):
-        monkeypatch.setattr(sys.modules["kdfast.ops.linear_chunks"], "GRADIENT_BYTES", size)
+        monkeypatch.setattr(chunks, "GRADIENT_BYTES", size)
         loss = linear_divergence(
             h,
             w,
@@ -426,6 +433,24 @@ def test_a_bfloat16_weights_gradient_in_many_blocks(monkeypatch, logit_scale):
         results.append(torch.autograd.grad(loss, w)[0])
     assert results[0].abs().max() > 0.1 and bool((results[0][-2:] == 0).all())
     torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-3)  # products of other shapes
+
+
+@needs_core
+def test_products_in_bfloat16_and_in_float32_round_alike(monkeypatch):
+    """The logits are bfloat16 either way; the gradients of the slow CPUs' float32 products are at most nearer to the truth."""
+    chunks = sys.modules["kdfast.ops.linear_chunks"]
+    g = torch.Generator().manual_seed(0)
+    h, w, ht, wt = (torch.randn(*s, generator=g).bfloat16() for s in ((N, 64), (V, 64), (N, DT), (V, DT)))
+    results = {}
+    for name, fast, convert in (("bf16", True, False), ("fp32", False, False), ("truth", True, True)):
+        monkeypatch.setattr(chunks, "bfloat16_products", lambda fast=fast: fast)
+        hidden, weight, th, tw = (t.double() if convert else t for t in (h, w, ht, wt))
+        hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_divergence(hidden, weight, th, teacher_weight=tw, row_weight=torch.ones(N), chunk_rows=3)
+        results[name] = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+    for one, two, truth in zip(*(results[name] for name in ("bf16", "fp32", "truth"))):
+        errors = [(value.double() - truth).norm() / truth.norm() for value in (one, two)]
+        assert errors[1] < 1.2 * errors[0] + 1e-3 and errors[1] < 2e-2
 
 
 @needs_core
