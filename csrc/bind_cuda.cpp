@@ -9,6 +9,8 @@ namespace py = pybind11;
 
 namespace kdfast {
 
+void bind_cuda_divergence(py::module_& m);
+
 static std::string spoken(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
 void bind_cuda(py::module_& m) {
@@ -47,6 +49,7 @@ void bind_cuda(py::module_& m) {
     device["reason"] = found.reason.empty() ? py::object(py::none()) : py::object(py::str(found.reason));
     return device;
   });
+  bind_cuda_divergence(m);
 }
 
 }  // namespace kdfast

@@ -13,13 +13,21 @@
 
 #include <cstdint>
 
+#if !defined(KD_INLINE)
+#if defined(__CUDACC__)
+#define KD_INLINE static __device__ __forceinline__
+#else
+#define KD_INLINE static inline __attribute__((always_inline))
+#endif
+#endif
+
 namespace kdfast {
 
 enum class Kind : int {
   forward_kl, reverse_kl, jeffreys, js, skew_forward_kl, skew_reverse_kl, tvd, alpha, dkd, binary
 };
 
-// What the terms need beside the logs; made once per call by set_kind (bind_divergence.cpp).
+// What the terms need beside the logs; made once per call by named_kind (divergence_kinds.h).
 struct KindParameters {
   double beta = 0;          // mixture weight, or the order of alpha
   double small = 0;         // |d| below this: the term is its power series

@@ -28,6 +28,7 @@ def build(out: Path, *sources: Path, flags: tuple[str, ...] = ()) -> Path:
         "-pthread",
         "-Wall",
         "-Wextra",
+        "-Wno-unknown-pragmas",
         "-U_FORTIFY_SOURCE",
     ]
     command += ["-I", str(EMULATOR), "-I", str(CSRC), *flags, "-o", str(out), "-x", "c++", *map(str, sources)]

@@ -49,7 +49,8 @@ def uses(build: Path) -> dict[str, Use]:
                 "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": found["SHARED"],
             }  # fmt: skip
     names = subprocess.run(["c++filt"], input="\n".join(table), capture_output=True, text=True, check=True).stdout
-    plain = [re.sub(r"\(.*|kdfast::(cuda::)?|^void ", "", line) for line in names.splitlines()]
+    # without what is the same for all, and without the list of parameters
+    plain = [re.sub(r"^void |kdfast::(cuda::)?|\([^()]*\)$", "", line) for line in names.splitlines()]
     assert len(set(plain)) == len(table), "two kernels of one name"
     return dict(sorted(zip(plain, table.values())))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdfast import _core
 
 # The ops that have kernels here, as `kdfast.ops` names them: the lowest compute capability they run on.
-OPS: dict[str, int] = {}
+OPS: dict[str, int] = {"divergence": 90}
 
 BUILT = hasattr(_core.core, "cuda_device")
 

@@ -61,6 +61,8 @@ from kdfast._library import (
     scale_gradient,
     transforms_active,
 )
+from kdfast.cuda import limit as cuda_limit
+from kdfast.cuda import reason as cuda_reason
 from kdfast.triton import reason as triton_reason
 from kdfast.triton import register
 
@@ -177,16 +179,18 @@ def _dkd_rows(log_q: Tensor, log_p: Tensor, labels: Tensor, beta: tuple[float, f
 # Shared tail of every schema: kind, its two parameters, the temperature, the number of classes compared, the class axis.
 _TAIL = "str kind, float a, float b, float temperature, int classes, int dim"
 
+# Last, whether a GPU runs the CUDA kernels instead of Triton's; torch leaves a default out when it calls a kernel.
 lib.define(
-    f"divergence_rows(Tensor student, Tensor teacher, Tensor? labels, Tensor? row_temperature, {_TAIL}) -> (Tensor, Tensor)"
+    f"divergence_rows(Tensor student, Tensor teacher, Tensor? labels, Tensor? row_temperature, {_TAIL}, bool cuda=False) "
+    "-> (Tensor, Tensor)"
 )
 lib.define(
     "divergence_rows_backward(Tensor grad_rows, Tensor student, Tensor teacher, Tensor stats, Tensor? labels, "
-    f"Tensor? row_temperature, {_TAIL}, bool need_student, bool need_teacher) -> (Tensor, Tensor)"
+    f"Tensor? row_temperature, {_TAIL}, bool need_student, bool need_teacher, bool cuda=False) -> (Tensor, Tensor)"
 )
 lib.define(
     "divergence_sum(Tensor student, Tensor teacher, Tensor? labels, Tensor? row_temperature, Tensor? row_weight, "
-    f"{_TAIL}, float kd_factor, float ce_factor, float label_smoothing, bool need_student, bool need_teacher) "
+    f"{_TAIL}, float kd_factor, float ce_factor, float label_smoothing, bool need_student, bool need_teacher, bool cuda=False) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -200,7 +204,7 @@ def _row_shape(student: Tensor, dim: int) -> list[int]:
 
 
 @torch.library.register_fake("kdfast::divergence_rows")
-def _(student, teacher, labels, row_temperature, kind, a, b, temperature, classes, dim):
+def _(student, teacher, labels, row_temperature, kind, a, b, temperature, classes, dim, cuda=False):
     shape = _row_shape(student, dim)
     dtype = compute_dtype(student, teacher)
     return student.new_empty(shape, dtype=dtype), student.new_empty([N_STATS, *shape], dtype=dtype)
@@ -222,13 +226,14 @@ def _(
     dim,
     need_student,
     need_teacher,
+    cuda=False,
 ):
     return gradient_like(student, need_student), gradient_like(teacher, need_teacher)
 
 
 @torch.library.register_fake("kdfast::divergence_sum")
 def _(student, teacher, labels, row_temperature, row_weight, kind, a, b, temperature, classes, dim,
-      kd_factor, ce_factor, label_smoothing, need_student, need_teacher):  # fmt: skip
+      kd_factor, ce_factor, label_smoothing, need_student, need_teacher, cuda=False):  # fmt: skip
     dtype = compute_dtype(student, teacher)
     return (
         student.new_empty((), dtype=dtype),
@@ -302,15 +307,15 @@ class _Rows(torch.autograd.Function):
     """Rows: saves its inputs and O(rows) scalars, recomputes in the backward, so any upstream factor per row is exact."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, row_temperature, options):
-        rows, stats = _rows_op(student, teacher, labels, row_temperature, *options)
-        _Rows._save(ctx, student, teacher, labels, row_temperature, options, stats)
+    def forward(ctx, student, teacher, labels, row_temperature, options, cuda):
+        rows, stats = _rows_op(student, teacher, labels, row_temperature, *options, *cuda)
+        _Rows._save(ctx, student, teacher, labels, row_temperature, options, cuda, stats)
         return rows
 
     @staticmethod
-    def _save(ctx, student, teacher, labels, row_temperature, options, stats):
+    def _save(ctx, student, teacher, labels, row_temperature, options, cuda, stats):
         ctx.save_for_backward(student, teacher, labels, row_temperature, stats)
-        ctx.options = options
+        ctx.options, ctx.cuda = options, cuda
 
     @staticmethod
     @first_derivative_only
@@ -318,19 +323,19 @@ class _Rows(torch.autograd.Function):
         student, teacher, labels, row_temperature, stats = ctx.saved_tensors
         need_student, need_teacher = ctx.needs_input_grad[:2]
         grad_student, grad_teacher = _rows_backward_op(
-            grad_rows, student, teacher, stats, labels, row_temperature, *ctx.options, need_student, need_teacher
-        )
-        return grad_student if need_student else None, grad_teacher if need_teacher else None, None, None, None
+            grad_rows, student, teacher, stats, labels, row_temperature, *ctx.options, need_student, need_teacher, *ctx.cuda
+        )  # fmt: skip
+        return grad_student if need_student else None, grad_teacher if need_teacher else None, None, None, None, None
 
 
 class _Sum(torch.autograd.Function):
     """The weighted sum: the forward already stores the final gradient, so the logits are read in one go and not kept."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, row_temperature, row_weight, options):
+    def forward(ctx, student, teacher, labels, row_temperature, row_weight, options, cuda):
         need_student, need_teacher = ctx.needs_input_grad[:2]
         loss, parts, grad_student, grad_teacher = _sum_op(
-            student, teacher, labels, row_temperature, row_weight, *options, need_student, need_teacher
+            student, teacher, labels, row_temperature, row_weight, *options, need_student, need_teacher, *cuda
         )
         ctx.save_for_backward(grad_student, grad_teacher)
         ctx.dtypes = student.dtype, teacher.dtype
@@ -345,7 +350,7 @@ class _Sum(torch.autograd.Function):
         return (
             scale_gradient(grad_student, grad_loss, ctx.dtypes[0]) if need_student else None,
             scale_gradient(grad_teacher, grad_loss, ctx.dtypes[1]) if need_teacher else None,
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -353,8 +358,8 @@ class _RowsTransform(torch.autograd.Function):
     """`_Rows` in the form torch.func transforms ask for; it costs 12 us more, so eager does not use it."""
 
     @staticmethod
-    def forward(student, teacher, labels, row_temperature, options):
-        return _rows_op(student, teacher, labels, row_temperature, *options)
+    def forward(student, teacher, labels, row_temperature, options, cuda):
+        return _rows_op(student, teacher, labels, row_temperature, *options, *cuda)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -366,20 +371,24 @@ class _RowsTransform(torch.autograd.Function):
         return _Rows.backward(ctx, grad_rows)
 
 
-def _apply_rows(student, teacher, labels, row_temperature, options) -> Tensor:
+# What the ops get as their last argument, `cuda`, from the backend chosen: nothing for the others.
+_CUDA = {"cuda": (True,)}
+
+
+def _apply_rows(student, teacher, labels, row_temperature, options, cuda) -> Tensor:
     if not torch.is_grad_enabled():
-        return _rows_op(student, teacher, labels, row_temperature, *options)[0]
+        return _rows_op(student, teacher, labels, row_temperature, *options, *cuda)[0]
     if transforms_active():
-        return _RowsTransform.apply(student, teacher, labels, row_temperature, options)[0]
-    return _Rows.apply(student, teacher, labels, row_temperature, options)
+        return _RowsTransform.apply(student, teacher, labels, row_temperature, options, cuda)[0]
+    return _Rows.apply(student, teacher, labels, row_temperature, options, cuda)
 
 
-def _apply_sum(student, teacher, labels, row_temperature, row_weight, options) -> tuple[Tensor, Tensor]:
+def _apply_sum(student, teacher, labels, row_temperature, row_weight, options, cuda) -> tuple[Tensor, Tensor]:
     if (
         not torch.is_grad_enabled()
     ):  # inside a Function the need would still be reported, and a gradient made for nobody
-        return _sum_op(student, teacher, labels, row_temperature, row_weight, *options, False, False)[:2]
-    return _Sum.apply(student, teacher, labels, row_temperature, row_weight, options)
+        return _sum_op(student, teacher, labels, row_temperature, row_weight, *options, False, False, *cuda)[:2]
+    return _Sum.apply(student, teacher, labels, row_temperature, row_weight, options, cuda)
 
 
 # ---------------------------------------------------------------- public
@@ -408,7 +417,7 @@ def divergence(
             widths raise.
         row_weight: [...] weights; the result is then the scalar sum of weight * row, and its gradient is made in the
             forward pass. A row of weight 0 is not read.
-        backend: "cpu", "triton", "reference" or None for the best that can run.
+        backend: "cpu", "cuda", "triton", "reference" or None for the best that can run.
     Returns:
         float32 rows [...] (float64 for float64 input), the shape of the logits without `dim`; or their weighted sum.
     Differentiable in student and teacher, once; `backend="reference"` gives every derivative, also for temperature and row_weight.
@@ -418,7 +427,7 @@ def divergence(
     >>> rows = divergence(torch.randn(4, 10), torch.randn(4, 10), kind="js", temperature=2.0)
     """
     dim, classes, a, b = _check(student, teacher, kind, beta, temperature, labels, vocab_size, row_weight, dim)
-    chosen = _choose(student, teacher, temperature, labels, row_weight, kind, backend)
+    chosen = _choose(student, teacher, temperature, row_weight, kind, classes, dim, backend)
     if chosen != "cpu" and debugging():
         check_values({"student": student, "teacher": teacher}, labels, classes, dim)
     if chosen == "reference":
@@ -427,12 +436,12 @@ def divergence(
             row_weight=row_weight, dim=dim,
         )  # fmt: skip
     number, rows_t = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
-    options = (kind, a, b, number, classes, dim)
+    options, cuda = (kind, a, b, number, classes, dim), _CUDA.get(chosen, ())
     if row_weight is None:
-        return _apply_rows(student, teacher, labels, rows_t, options)
+        return _apply_rows(student, teacher, labels, rows_t, options, cuda)
     if transforms_active():
-        return (_apply_rows(student, teacher, labels, rows_t, options) * row_weight).sum()
-    return _apply_sum(student, teacher, labels, rows_t, row_weight, (*options, 1.0, 0.0, 0.0))[0]
+        return (_apply_rows(student, teacher, labels, rows_t, options, cuda) * row_weight).sum()
+    return _apply_sum(student, teacher, labels, rows_t, row_weight, (*options, 1.0, 0.0, 0.0), cuda)[0]
 
 
 def divergence_total(
@@ -459,7 +468,7 @@ def divergence_total(
     dim, classes, a, b = _check(
         student, teacher, kind, beta, temperature, labels, vocab_size, row_weight, dim, ce=ce_factor != 0
     )
-    chosen = _choose(student, teacher, temperature, labels, row_weight, kind, backend)
+    chosen = _choose(student, teacher, temperature, row_weight, kind, classes, dim, backend)
     if chosen == "reference" or transforms_active():
         backend = chosen
         target = labels if kind == "dkd" else None
@@ -486,7 +495,7 @@ def divergence_total(
         check_values({"student": student, "teacher": teacher}, kept, classes, dim)
     number, rows_t = (1.0, temperature) if isinstance(temperature, Tensor) else (float(temperature), None)
     options = (kind, a, b, number, classes, dim, kd_factor, ce_factor, label_smoothing)
-    return _apply_sum(student, teacher, labels, rows_t, row_weight, options)
+    return _apply_sum(student, teacher, labels, rows_t, row_weight, options, _CUDA.get(chosen, ()))
 
 
 def cross_entropy_rows(
@@ -567,7 +576,11 @@ def _check_kind(kind: str, beta) -> tuple[float, float]:
     return check_number("beta", beta, low=0.0, high=1.0), 0.0
 
 
-def _choose(student, teacher, temperature, labels, row_weight, kind, backend) -> str:
+# Up to here Triton's kernels read a row once as well (kdfast/triton/launch.py), several to a program; beyond, CUDA's read less.
+_READ_ONCE = 8192
+
+
+def _choose(student, teacher, temperature, row_weight, kind, classes, dim, backend) -> str:
     def cpu() -> str | None:
         if (why := core_reason()) is not None:
             return why
@@ -580,7 +593,31 @@ def _choose(student, teacher, temperature, labels, row_weight, kind, backend) ->
     def triton() -> str | None:
         return triton_reason("divergence", student, teacher) or _reference_only(teacher, temperature, row_weight, kind)
 
-    return choose("divergence", backend, {"cpu": cpu, "triton": triton}, (student, teacher))
+    def cuda() -> str | None:
+        return (
+            cuda_reason("divergence", student, teacher)
+            or _not_by_cuda(student, teacher, kind, classes, dim)
+            or _reference_only(teacher, temperature, row_weight, kind)
+        )
+
+    if classes > _READ_ONCE:
+        return choose("divergence", backend, {"cpu": cpu, "cuda": cuda, "triton": triton}, (student, teacher))
+    return choose("divergence", backend, {"cpu": cpu, "triton": triton, "cuda": cuda}, (student, teacher))
+
+
+def _not_by_cuda(student, teacher, kind, classes, dim) -> str | None:
+    if kind in ("dkd", "binary"):
+        return f"kind={kind!r} is Triton's"
+    if student.dtype != teacher.dtype or student.dtype == torch.float64:
+        return f"it takes two tensors of one dtype, not float64; got {student.dtype} and {teacher.dtype}"
+    if student.stride(dim) != 1 or teacher.stride(dim) != 1:
+        return "the classes do not lie side by side"
+    if student.dim() > 9:
+        return f"the core takes at most 9 dimensions, got {student.dim()}"
+    most = cuda_limit("divergence_most", student.device.index, student.itemsize)
+    if classes > most:
+        return f"a row of {classes} classes does not fit the shared memory of a cluster ({most} do)"
+    return None
 
 
 def _reference_only(teacher, temperature, row_weight, kind) -> str | None:

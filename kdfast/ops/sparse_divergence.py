@@ -256,7 +256,7 @@ def sparse_divergence(
     check_sparse(teacher, student.shape[:-1], classes, student.device, kind, beta, temperature)
     ids, log_probs, tail = listed(teacher, compute_dtype(student))
     logits = student[..., :classes]
-    chosen = _choose(logits, logits, temperature, None, row_weight, kind, backend)
+    chosen = _choose(logits, logits, temperature, row_weight, kind, ids.shape[-1] + 1, -1, backend)
     if (backend or forced_backend()) == "reference":
         if row_weight is not None and not row_weight.requires_grad:  # not read, as in the kernels
             logits = logits.masked_fill((row_weight == 0).unsqueeze(-1), 0.0)

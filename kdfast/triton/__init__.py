@@ -51,14 +51,19 @@ def reason(op: str, *tensors: Tensor) -> str | None:
 
 
 def register(op: str, module: str, function: str) -> None:
-    """Makes `kdfast.triton.<module>.<function>` what the op `kdfast::<op>` runs on a GPU."""
-    kernel: Callable[..., Any] | None = None
+    """Makes `kdfast.triton.<module>.<function>` what the op `kdfast::<op>` runs on a GPU.
 
-    def run(*args: Any) -> Any:
-        nonlocal kernel
-        if kernel is None:
-            kernel = getattr(importlib.import_module(f"kdfast.triton.{module}"), function)
-        return kernel(*args)
+    Where the op's schema ends in `bool cuda=False` (kdfast.cuda has kernels for it), true means `kdfast.cuda.<module>.<function>`.
+    """
+    kernels: dict[str, Callable[..., Any]] = {}
+    schema = getattr(torch.ops.kdfast, op).default._schema.arguments
+    switched = len(schema) if schema[-1].name == "cuda" else -1
+
+    def run(*args: Any) -> Any:  # torch leaves trailing arguments out that are the schema's default
+        package = "cuda" if len(args) == switched and args[-1] else "triton"
+        if package not in kernels:
+            kernels[package] = getattr(importlib.import_module(f"kdfast.{package}.{module}"), function)
+        return kernels[package](*args[: switched - 1] if switched > 0 else args)
 
     lib.impl(op, run, "CUDA")
 

@@ -60,6 +60,8 @@ def moved(x, logits, backend):
 # name -> (inputs of a size, the first of which are differentiated; call). float64 draws, rounded to the dtype under test.
 OPS = {
     "divergence": (lambda n: models(n, 3000), lambda s, t, b: losses.divergence_loss(s, t, kind="js", backend=b)),
+    "divergence_long": (lambda n: models(min(n, 30), 40_000), lambda s, t, b: losses.divergence_loss(s, t, kind="js", backend=b)),
+    "divergence_long_rows": (lambda n: models(min(n, 30), 9001), lambda s, t, b: losses.divergence_loss(s, t, reduction="none", backend=b)),
     "divergence_rows": (lambda n: models(n, 100), lambda s, t, b: losses.divergence_loss(s, t, reduction="none", backend=b)),
     "one_pass": (labelled, lambda s, t, y, b: losses.distillation_loss(s, t, y, backend=b).loss),
     "selective": (pixels, lambda a, c, y, b: tuple(ops.selective_kl(a, c, y, backend=b))[:2]),

@@ -593,16 +593,16 @@ def test_autocast_takes_inputs_as_they_are():
 # ---------------------------------------------------------------- choice of backend and bad input
 def test_automatic_choice_and_its_reasons():
     student, teacher = logits(2, 3)
-    args = (student, teacher, 1.0, None, None)
-    assert _choose(*args, "forward_kl", None) == (FUSED[0] if FUSED else "reference")
-    assert _choose(*args, "dkd", None) == "reference"  # the teacher wants a gradient
+    args = (student, teacher, 1.0, None)
+    assert _choose(*args, "forward_kl", 3, 1, None) == (FUSED[0] if FUSED else "reference")
+    assert _choose(*args, "dkd", 3, 1, None) == "reference"  # the teacher wants a gradient
     with pytest.raises(
         ValueError, match=r"backend='cpu' cannot run.*no fused teacher gradient.*\(2, 3\).*float32.*reference"
     ):
         divergence(student, teacher, kind="dkd", beta=(1, 1), labels=torch.tensor([0, 1]), backend="cpu")
     with pytest.raises(ValueError, match="backend: expected one of"):
         divergence(student, teacher, backend="fast")
-    with pytest.raises(ValueError, match="has no cuda backend"):
+    with pytest.raises(ValueError, match="backend='cuda' cannot run these inputs: the tensors are on cpu"):
         divergence(student, teacher, backend="cuda")
 
 
