@@ -34,17 +34,6 @@ def js(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: T
     return sum(sides, start=log_m.new_zeros(())) / 2
 
 
-def half_precision_softmax() -> Callable[..., Tensor]:
-    """The careless form: softmax in the logits' own bfloat16. Cheaper, and its loss is off by a percent or more."""
-
-    def loss(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
-        student, teacher = logits(hidden, weight, teacher_hidden, teacher_weight, labels)
-        log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-
-    return loss
-
-
 def torchtune_chunks(num_chunks: int = 8) -> Callable[..., Tensor]:
     """torchtune's chunked output: the head runs on chunks of tokens, the loss on one chunk of logits after the other, in float32.
 

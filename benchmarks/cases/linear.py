@@ -86,7 +86,6 @@ CASES = (
         traffic=traffic(ROWS, CLASSES, WIDTH, 2),
         peers={
             TORCHTUNE: plain.torchtune_chunks, LIGER: partial(peers.liger_head, 0.0),
-            "softmax in bf16": plain.half_precision_softmax,
         },
         targets=targets(TORCHTUNE, LIGER),
     ),
