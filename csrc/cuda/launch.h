@@ -35,7 +35,8 @@ class OnDevice {
   int before_ = 0;
 };
 
-// Runs `blocks` blocks, all on grid.x (y and z stop at 65535), in clusters of `cluster`. The stream must belong to the current device: Python launches under torch.cuda.device(tensor.device).
+// Runs `blocks` blocks, all on grid.x (y and z stop at 65535), in clusters of `cluster`. The stream must belong to the current
+// device: Python launches under torch.cuda.device(tensor.device).
 template <class... Parameters, class... Arguments>
 inline void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, unsigned threads, std::size_t shared,
                    cudaStream_t stream, unsigned cluster, Arguments... arguments) {

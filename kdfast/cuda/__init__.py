@@ -79,5 +79,6 @@ def info() -> dict[str, Any]:
     if not BUILT:
         return {"available": False, "reason": "this build has no CUDA kernels"}
     found = _core.core.cuda_info()
+    del found["built"]
     why = found.pop("reason")
     return {"available": why is None, "reason": why, **found, "ops": list(OPS)}

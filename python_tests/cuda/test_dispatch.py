@@ -90,7 +90,7 @@ def test_reasons_of_a_device(monkeypatch):
     kdfast.cuda._reason_of.cache_clear()
     assert reasons == [None, "it needs compute capability 9.0, GPU 1 has 8.0", "no code"]
     assert kdfast.cuda.info() == {
-        "available": True, "reason": None, "built": True, "archs": "90", "runtime": "13.0", "driver": "13.0", "devices": 1,
+        "available": True, "reason": None, "archs": "90", "runtime": "13.0", "driver": "13.0", "devices": 1,
         "ops": list(kdfast.cuda.OPS),
     }  # fmt: skip
 
