@@ -93,7 +93,7 @@ class KDTrainer(Trainer):
             given by name it is loaded.
         Others: as in Trainer.
     Raises:
-        ValueError: no teacher or two; vocabularies of two sizes without `vocab_size` or a tokenizer that says where they agree;
+        ValueError: no teacher or two, or the student itself; vocabularies of two sizes without `vocab_size` or a tokenizer that says where they agree;
             tokenizers that differ (see `kdfast.losses.uld_loss`); label smoothing, `compute_loss_func`, nn.DataParallel.
     """
 
@@ -118,6 +118,14 @@ class KDTrainer(Trainer):
             raise ValueError(
                 "label_smoothing_factor, compute_loss_func: this trainer has its own loss, so expected neither"
             )
+        if teacher is model:
+            raise ValueError(
+                "teacher_model: expected another model than the student, which a frozen teacher would freeze"
+            )
+        if not 0 <= args.on_policy <= 1:
+            raise ValueError(f"on_policy: expected a share of the steps from 0 to 1, got {args.on_policy}")
+        if args.on_policy and teacher is None:
+            raise ValueError("on_policy: no cache has scored what the student will sample; expected a teacher_model")
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
         if isinstance(teacher, str):
@@ -133,6 +141,10 @@ class KDTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu: expected one process for each GPU (torchrun, accelerate launch), got {args.n_gpu} in one"
+            )
+        if args.on_policy and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "on_policy: sampling needs the whole student on each process, got it sharded (TRL has servers for that)"
             )
         # compute_loss divides by num_items_in_batch
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
@@ -227,12 +239,12 @@ class KDTrainer(Trainer):
 
         loss, parts, outputs = through(model, student, run, model_inputs(inputs))
         kept = (labels != IGNORE).sum(-1)  # [B]
+        wide = torch.float32 if kept.device.type == "mps" else torch.float64
+        ce, kd = parts["ce"].to(wide), parts["kd"].to(wide)
         if training:
-            self._note("train", torch.stack((parts["ce"].double(), parts["kd"].double(), kept.sum().double())))
+            self._note("train", torch.stack((ce, kd, kept.sum().to(wide))))
         else:  # by sequences, since a loader on several processes repeats some to fill its last batch
-            rows = torch.stack(
-                (parts["ce"].double().sum(-1), parts["kd"].double().sum(-1), kept.double()), -1
-            )  # [B, 3]
+            rows = torch.stack((ce.sum(-1), kd.sum(-1), kept.to(wide)), -1)  # [B, 3]
             self._note("eval", self.accelerator.gather_for_metrics(rows).sum(0))
             loss = loss.sum()
         if num_items_in_batch is None:
@@ -255,10 +267,6 @@ class KDTrainer(Trainer):
 
     def _cached(self, inputs: Mapping[str, Any]) -> TopKTeacher:
         """The cache's lists of a batch, which came along with its rows or are found by their row_id."""
-        if inputs.get("on_policy"):
-            raise ValueError(
-                "on_policy: nobody has scored what the student samples; expected a teacher_model, got a cache"
-            )
         if LISTS[0] not in inputs:
             if inputs.get("row_id") is None:
                 raise ValueError(f"batch: expected row_id, the rows' places in the cache, got only {', '.join(inputs)}")

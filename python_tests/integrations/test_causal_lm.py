@@ -202,6 +202,17 @@ def test_falls_back_to_logits_and_says_why(pair, which, odd, caplog):
     assert len(messages) == 1 and reason in messages[0] and messages[0].startswith(which)
 
 
+def test_compiled_and_partitioned_heads_are_left_alone():
+    for break_it, reason in (
+        (lambda model: setattr(model, "_compiled_call_impl", model.forward), "it is compiled"),
+        (lambda model: setattr(model.lm_head.weight, "ds_id", 0), "ZeRO-3"),
+        (lambda model: model.set_output_embeddings(nn.Identity()), "Identity, not an nn.Linear"),
+    ):
+        model, reader = lm.llama(VOCAB, 32), CausalLMLoss().readers["student"]
+        break_it(model)
+        assert reader._head_module(model) is None and reason in reader.reason
+
+
 @pytest.mark.parametrize("use_logits", [False, True])
 def test_teacher_with_a_padded_vocabulary(pair, use_logits):
     teacher, batch = lm.llama(VOCAB + 20, 48, seed=2).double(), rows_of()

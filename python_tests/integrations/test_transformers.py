@@ -183,6 +183,11 @@ def test_wrong_arguments(tmp_path):
         KDTrainer(lm.llama(), args=KDTrainingArguments(str(tmp_path)))
     with pytest.raises(ValueError, match="expected one of them, got both"):
         ddp.trainer(tmp_path, teacher_cache="somewhere")
+    with pytest.raises(ValueError, match="on_policy: expected a share"):
+        ddp.trainer(tmp_path, on_policy=1.5)
+    model = lm.llama()
+    with pytest.raises(ValueError, match="teacher_model: expected another model"):
+        KDTrainer(model, args=KDTrainingArguments(str(tmp_path)), teacher_model=model)
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         ddp.trainer(tmp_path, label_smoothing_factor=0.1)
 
@@ -229,14 +234,8 @@ def test_wrong_caches(cache, tmp_path):
 
     with pytest.raises(ValueError, match="expected row_id"):
         ddp.trainer(tmp_path, data_collator=without_ids, **options).train()
-    with pytest.raises(ValueError, match="on_policy: nobody has scored"):
-        ddp.trainer(tmp_path, on_policy=1.0, max_new_tokens=2, data_collator=prompted, **options).train()
-
-
-def prompted(rows):
-    batch = ddp.padded()(rows)
-    batch["labels"][:, :4] = -100
-    return batch
+    with pytest.raises(ValueError, match="on_policy: no cache has scored"):
+        ddp.trainer(tmp_path, on_policy=1.0, **options)
 
 
 def test_bf16_autocast_reads_the_heads(plain, tmp_path):
