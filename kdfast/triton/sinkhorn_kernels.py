@@ -109,7 +109,7 @@ def solve_kernel(
 
     mass = K * spread(u, 2) * spread(v, 1)
     if plan is not None:
-        at = dense_offsets(problem, i, j, n * m, pi, pj)
+        at = dense_offsets(problem, i, j, n, m, pi, pj)
         tl.store(plan + at, mass, mask=spread(inside_a, 2) & spread(inside_b, 1))
         epsilon = tl.full([], epsilon, tl.float64)
         tl.store(f_out + problem[:, None] * n + i[None, :], (F * epsilon).to(DTYPE), mask=inside_a)
@@ -153,7 +153,7 @@ def reverse_kernel(
     D = K * spread(u, 2) * spread(v, 1)
     upstream = tl.zeros([P, N, M], DTYPE)
     if grad_plan is not None:
-        at = dense_offsets(problem, i, j, n * m, pi, pj)
+        at = dense_offsets(problem, i, j, n, m, pi, pj)
         upstream += tl.load(grad_plan + at, mask=open_, other=0.0)
     direct = tl.zeros([P], DTYPE)
     if grad_value is not None:

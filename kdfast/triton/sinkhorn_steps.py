@@ -92,9 +92,9 @@ def load_cost(cost, rows, columns, open_):
 
 
 @triton.jit
-def dense_offsets(problem, i, j, size, i_stride, j_stride):
-    """[P, N, M] offsets into a contiguous [batch, n, m] of size = n m, seen from either side."""
-    rows = (problem * size)[:, None] + i.to(tl.int64)[None, :] * i_stride
+def dense_offsets(problem, i, j, n, m, i_stride, j_stride):
+    """[P, N, M] offsets into a contiguous [batch, n, m], seen from either side; n m may pass 2^31."""
+    rows = (problem * n * m)[:, None] + i.to(tl.int64)[None, :] * i_stride
     return spread(rows, 2) + (j.to(tl.int64) * j_stride)[None, None, :]
 
 

@@ -73,6 +73,13 @@ def test_error_budget_in_passes(name, options, monkeypatch):
     check_against_reference(*cpu.fused_and_reference(name, options), inputs, floor=FLOOR)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 4, 1)], ids=str)
+def test_sides_of_one_point(form, shape):
+    inputs = [t.requires_grad_() for t in cpu.problem(*shape)]
+    fused, reference = cpu.fused_and_reference("plan", {"n_iters": 1, "rho": 0.5})
+    check_against_reference(fused, reference, inputs, floor=(1e-11, 1e-12))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_error_budget_of_other_dtypes(form, dtype):
     inputs = [t.requires_grad_() for t in cpu.problem(4, 6, dtype=dtype)]
