@@ -148,8 +148,9 @@ def transport(*shape: int, tol: float = -1.0) -> Callable[[], Any]:
         cost = meta(*shape, dtype=torch.float32)
         a, b = meta(*shape[:-1], dtype=torch.float32), meta(*shape[:-2], shape[-1], dtype=torch.float32)
         options = (0.1, 2, True, 1.0, 1.0)
-        value, _, _, _, iterations, saved = sinkhorn.solve(cost, a, b, *options, tol, False, True)
-        sinkhorn.backward(cost, a, b, iterations, saved, value, None, None, None, *options, False)
+        _, plan, f, g, iterations, saved = sinkhorn.solve(cost, a, b, *options, tol, True, True)
+        value = meta(*shape[:-2], dtype=torch.float32)
+        sinkhorn.backward(cost, a, b, iterations, saved, value, plan, f, g, *options, False)
 
     return call
 

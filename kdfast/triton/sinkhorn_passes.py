@@ -273,8 +273,7 @@ def gradient_kernel(
     else:
         upstream = direct[:, None, None] * finite(tile)
         if grad_plan is not None:
-            at = dense_offsets(problem, i, j, n, m, pi, pj)
-            upstream += tl.load(grad_plan + at, mask=open_, other=0.0)
+            upstream += tl.load(grad_plan + dense_offsets(problem, i, j, n, m, pi, pj), mask=open_, other=0.0)
         D = D * (direct[:, None, None] + upstream * scale)
         k = tl.max(done, 0)
         while k > 0:
