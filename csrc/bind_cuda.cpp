@@ -10,6 +10,8 @@ namespace py = pybind11;
 namespace kdfast {
 
 void bind_cuda_divergence(py::module_& m);
+void bind_cuda_routing(py::module_& m);
+void bind_cuda_sinkhorn(py::module_& m);
 
 static std::string spoken(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
@@ -50,6 +52,8 @@ void bind_cuda(py::module_& m) {
     return device;
   });
   bind_cuda_divergence(m);
+  bind_cuda_routing(m);
+  bind_cuda_sinkhorn(m);
 }
 
 }  // namespace kdfast

@@ -1,7 +1,6 @@
-#include <algorithm>
+#include "bind_routing.h"
 
-#include "bind.h"
-#include "cpu/routing.h"
+#include <algorithm>
 
 namespace py = pybind11;
 
@@ -9,40 +8,6 @@ namespace kdfast {
 
 int64_t score_block(int64_t rows) { return std::max<int64_t>(32, (rows + 255) / 256); }
 int64_t plan_block(int64_t slots) { return std::max<int64_t>(4096, (slots + 63) / 64); }
-
-using Address = std::uintptr_t;
-
-static void need(Address address, int64_t elements, const char* name) {
-  if (!address && elements > 0) throw std::invalid_argument(std::string(name) + ": null address for a tensor with elements");
-}
-
-static ScoreCall make_score(Address logits, int dtype, const Ints& strides, const Ints& shape, int64_t k, int score, double norm,
-                            double eps, double scale, int64_t groups, int64_t topk_groups, Address ids, Address lse, Address alive) {
-  ScoreCall call;
-  call.rows = shape[0];
-  call.experts = shape[1];
-  const int64_t elements = call.rows * call.experts;
-  need(logits, elements, "logits");
-  need(ids, call.rows, "ids");
-  need(lse, call.rows, "lse");
-  need(alive, call.rows, "alive");
-  call.logits = pointer<void>(logits);
-  call.dtype = Dtype(dtype);
-  call.f64 = call.dtype == Dtype::f64;
-  call.row_stride = strides[0];
-  call.expert_stride = strides[1];
-  call.k = k;
-  call.score = Score(score);
-  call.norm = norm;
-  call.eps = eps;
-  call.scale = scale;
-  call.groups = groups;
-  call.topk_groups = topk_groups;
-  call.ids = pointer<int32_t>(ids);
-  call.lse = pointer<void>(lse);
-  call.alive = pointer<int32_t>(alive);
-  return call;
-}
 
 template <class T>
 static void add_partials(const ScoreCall& call, int64_t blocks, int64_t kept, int32_t* counts, T* mean) {
@@ -127,35 +92,9 @@ void bind_routing(py::module_& m) {
         [](Address ids, Address keep, int64_t rows, int64_t k, int64_t experts, int64_t block, int64_t capacity, bool choice,
            bool validate, Address order, Address inverse, Address counts, Address offsets, Address position, Address row_slot,
            int64_t row_slots, Address block_expert, int64_t blocks, Address padded_offsets) {
-          PlanCall call;
+          PlanCall call = make_plan(ids, keep, rows, k, experts, block, capacity, choice, order, inverse, counts, offsets, position, row_slot,
+                                    row_slots, block_expert, blocks, padded_offsets);
           const int64_t slots = rows * k;
-          need(ids, slots, "ids");
-          need(order, slots, "order");
-          need(inverse, slots, "inverse");
-          need(position, slots, "position");
-          need(counts, experts, "counts");
-          need(offsets, experts, "offsets");
-          need(padded_offsets, experts, "padded_offsets");
-          need(row_slot, row_slots, "row_slot");
-          need(block_expert, blocks, "block_expert");
-          call.ids = pointer<int32_t>(ids);
-          call.keep = pointer<uint8_t>(keep);
-          call.rows = rows;
-          call.k = k;
-          call.experts = experts;
-          call.block = block;
-          call.capacity = capacity;
-          call.choice = choice;
-          call.order = pointer<int32_t>(order);
-          call.inverse = pointer<int32_t>(inverse);
-          call.counts = pointer<int32_t>(counts);
-          call.offsets = pointer<int32_t>(offsets);
-          call.position = pointer<int32_t>(position);
-          call.row_slot = pointer<int32_t>(row_slot);
-          call.row_slots = row_slots;
-          call.block_expert = pointer<int32_t>(block_expert);
-          call.blocks = blocks;
-          call.padded_offsets = pointer<int32_t>(padded_offsets);
           const int64_t per_block = plan_block(slots);
           std::vector<int32_t> histogram(std::max<int64_t>(1, (slots + per_block - 1) / per_block) * (experts + 1));
           call.histogram = histogram.data();

@@ -2,8 +2,7 @@
 #include <memory>
 #include <new>
 
-#include "bind.h"
-#include "cpu/sinkhorn.h"
+#include "bind_sinkhorn.h"
 
 namespace py = pybind11;
 
@@ -12,26 +11,6 @@ namespace kdfast {
 struct Free {
   void operator()(void* address) const { std::free(address); }
 };
-
-static SinkhornCall make_call(std::uintptr_t cost, int dtype, const Ints& strides, const Ints& shape, bool f64, std::uintptr_t a,
-                              std::uintptr_t b, double epsilon, int64_t iters, bool rows_first, double lam_a, double lam_b) {
-  SinkhornCall call;
-  const int64_t dim = int64_t(shape.size()) - 1;
-  call.n = shape[dim - 1];
-  call.m = shape[dim];
-  call.rows = make_rows(shape, dim);
-  call.batch = call.rows.count / call.n;
-  call.cost = make_logits(cost, dtype, strides, dim, call.rows, "cost");
-  call.f64 = f64;
-  call.a = pointer<void>(a);
-  call.b = pointer<void>(b);
-  call.epsilon = epsilon;
-  call.iters = iters;
-  call.rows_first = rows_first;
-  call.lam_a = lam_a;
-  call.lam_b = lam_b;
-  return call;
-}
 
 static void run(SinkhornCall& call, bool backward) {
   Status status;
@@ -66,17 +45,9 @@ void bind_sinkhorn(py::module_& m) {
         [](std::uintptr_t cost, int dtype, const Ints& strides, const Ints& shape, bool f64, std::uintptr_t a, std::uintptr_t b,
            double epsilon, int64_t iters, bool rows_first, double lam_a, double lam_b, double tol, std::uintptr_t plan,
            std::uintptr_t value, std::uintptr_t f, std::uintptr_t g, std::uintptr_t saved, std::uintptr_t iterations) {
-          SinkhornCall call = make_call(cost, dtype, strides, shape, f64, a, b, epsilon, iters, rows_first, lam_a, lam_b);
+          SinkhornCall call = make_sinkhorn(cost, dtype, strides, shape, f64, a, b, epsilon, iters, rows_first, lam_a, lam_b);
           if (call.batch == 0) return;
-          Logits* const operands[] = {&call.cost};
-          merge_axes(call.rows, operands);
-          call.tol = tol;
-          call.plan = pointer<void>(plan);
-          call.value = pointer<void>(value);
-          call.f = pointer<void>(f);
-          call.g = pointer<void>(g);
-          call.saved = pointer<double>(saved);
-          call.iterations = pointer<int64_t>(iterations);
+          set_outputs(call, tol, plan, value, f, g, saved, iterations);
           if (call.plan) advise_huge(call.plan, std::size_t(call.batch * call.n * call.m) * (f64 ? 8 : 4));
           run(call, false);
         });
@@ -85,21 +56,10 @@ void bind_sinkhorn(py::module_& m) {
            double epsilon, int64_t iters, bool rows_first, double lam_a, double lam_b, std::uintptr_t saved, std::uintptr_t iterations,
            std::uintptr_t grad_plan, std::uintptr_t grad_value, std::uintptr_t grad_f, std::uintptr_t grad_g, bool envelope,
            std::uintptr_t grad_cost, int grad_dtype, const Ints& grad_strides, std::uintptr_t grad_a, std::uintptr_t grad_b) {
-          SinkhornCall call = make_call(cost, dtype, strides, shape, f64, a, b, epsilon, iters, rows_first, lam_a, lam_b);
+          SinkhornCall call = make_sinkhorn(cost, dtype, strides, shape, f64, a, b, epsilon, iters, rows_first, lam_a, lam_b);
           if (call.batch == 0) return;
-          call.grad_cost = make_logits(grad_cost, grad_dtype, grad_strides, int64_t(shape.size()) - 1, call.rows, "grad_cost");
-          Logits* const operands[] = {&call.cost, &call.grad_cost};
-          merge_axes(call.rows, operands);
-          call.saved = pointer<double>(saved);
-          call.iterations = pointer<int64_t>(iterations);
-          call.grad_plan = pointer<void>(grad_plan);
-          call.grad_value = pointer<void>(grad_value);
-          call.grad_f = pointer<void>(grad_f);
-          call.grad_g = pointer<void>(grad_g);
-          call.envelope = envelope;
-          call.grad_a = pointer<void>(grad_a);
-          call.grad_b = pointer<void>(grad_b);
-          if (!call.saved || !call.iterations) throw std::invalid_argument("saved: null address");
+          set_gradients(call, int64_t(shape.size()) - 1, saved, iterations, grad_plan, grad_value, grad_f, grad_g, envelope, grad_cost, grad_dtype,
+                        grad_strides, grad_a, grad_b);
           advise_huge(call.grad_cost.data, std::size_t(call.batch * call.n * call.m) * kItemSize[grad_dtype]);
           run(call, true);
         });

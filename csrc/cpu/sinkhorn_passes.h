@@ -14,6 +14,7 @@
 #include "cpu/stage.h"
 #include "memory.h"
 #include "parallel.h"
+#include "sinkhorn_terms.h"
 
 namespace kdfast {
 namespace KD_ISA {
@@ -60,14 +61,6 @@ KD_INLINE Wide<T> load_wide(const double* address) {
 template <class T>
 KD_INLINE void store_wide(double* address, Wide<T> v) {
   std::memcpy(address, &v, sizeof v);
-}
-
-// cost * scale + (a + b), accurate where the large terms cancel: the rounding of a + b is added back. (Without a fused
-// multiply-add the product's own rounding remains; it is the same in every pass.)
-template <class T>
-KD_INLINE Vec<T> exponent(Vec<T> cost, T scale, Vec<T> a, Vec<T> b) {
-  const Vec<T> sum = a + b, part = sum - a, lost = (a - (sum - part)) + (b - part);
-  return (cost * scale + sum) + lost;
 }
 
 // Hands out 64-byte aligned arrays of one buffer; with a null base it only counts.

@@ -16,9 +16,10 @@ from torch import Tensor
 from kdfast import _core
 
 # The ops that have kernels here, as `kdfast.ops` names them: the lowest compute capability they run on.
-OPS: dict[str, int] = {"divergence": 90}
+OPS: dict[str, int] = {"divergence": 90, "route_topk": 80, "make_plan": 80, "sinkhorn": 80}
 
 BUILT = hasattr(_core.core, "cuda_device")
+MOST_EXPERTS: int = getattr(_core.core, "cuda_routing_most_experts", 0)
 
 
 def reason(op: str, *tensors: Tensor) -> str | None:

@@ -56,6 +56,8 @@ from kdfast._library import (
     operand,
     readable,
 )
+from kdfast.cuda import MOST_EXPERTS
+from kdfast.cuda import reason as cuda_reason
 from kdfast.triton import reason as triton_reason
 from kdfast.triton import register
 
@@ -173,7 +175,8 @@ def _weights(log_score: Tensor, dead: Tensor, score: str, normalise, eps: float,
 
 
 # ---------------------------------------------------------------- registration
-_OPTIONS = "int k, str score, float norm, float eps, float route_scale, int groups, int topk_groups"
+# Last, whether a GPU runs the CUDA kernels instead of Triton's: a default, which torch never hands to a kernel.
+_OPTIONS = "int k, str score, float norm, float eps, float route_scale, int groups, int topk_groups, bool cuda=False"
 
 lib.define(
     f"routing_scores(Tensor logits, Tensor? bias, Tensor? mask, bool validate, {_OPTIONS}) "
@@ -186,7 +189,7 @@ lib.define(
 
 
 @torch.library.register_fake("kdfast::routing_scores")
-def _(logits, bias, mask, validate, k, score, norm, eps, route_scale, groups, topk_groups):
+def _(logits, bias, mask, validate, k, score, norm, eps, route_scale, groups, topk_groups, cuda=False):
     rows, experts = logits.shape
     dtype = compute_dtype(logits)
     return (
@@ -215,6 +218,7 @@ def _(
     route_scale,
     groups,
     topk_groups,
+    cuda=False,
 ):
     return logits.new_empty(logits.shape)
 
@@ -310,7 +314,7 @@ def route_topk(
         mask: [N] bool, True = keep. Other rows (padding) are not read: ids -1, weights 0, not counted.
         validate: read the values: NaN, +inf or a row of only -inf raises. Default: on the CPU and under
             `kdfast.debug()`. Without it such a row has NaN weights and distinct ids inside [0, E), NaN sorted last.
-        backend: "cpu", "triton", "reference" or None for the best that can run.
+        backend: "cpu", "cuda", "triton", "reference" or None for the best that can run.
     Returns:
         Routing(ids, weights, counts, mean_probs, lse).
     Differentiable: weights, mean_probs and lse in logits, once; `backend="reference"` gives every derivative. With k = 1 a
@@ -327,7 +331,11 @@ def route_topk(
         validate = logits.device.type == "cpu" or debugging()
     if bias is not None and validate and readable(bias) and bool((torch.isnan(bias) | (bias == math.inf)).any()):
         raise ValueError("bias: expected finite values or -inf, got NaN or +inf")
-    rules = {"cpu": lambda: _cpu_reason(logits), "triton": lambda: triton_reason("route_topk", logits)}
+    rules = {
+        "cpu": lambda: _cpu_reason(logits),
+        "cuda": lambda: _cuda_reason(logits),
+        "triton": lambda: triton_reason("route_topk", logits),
+    }
     chosen = choose("route_topk", backend, rules, (logits,))
     if chosen != "cpu" and validate and (readable(logits) or debugging()):  # the CPU kernel looks itself
         _check_values(logits, mask)
@@ -336,7 +344,8 @@ def route_topk(
             logits, k, score=score, normalise=normalise, eps=eps, route_scale=route_scale, bias=bias, groups=groups,
             topk_groups=topk_groups, mask=mask,
         )  # fmt: skip
-    options = (k, score, float(normalise or 0.0), float(eps), float(route_scale), groups, topk_groups)
+    cuda = (True,) if chosen == "cuda" else ()
+    options = (k, score, float(normalise or 0.0), float(eps), float(route_scale), groups, topk_groups, *cuda)
     return Routing(*_apply_scores(logits, bias, mask, validate, options)[:5])
 
 
@@ -344,6 +353,15 @@ def _cpu_reason(logits: Tensor) -> str | None:
     if (why := core_reason()) is not None:
         return why
     return None if logits.device.type in ("cpu", "meta") else f"the tensors are on {logits.device}"
+
+
+def _cuda_reason(logits: Tensor) -> str | None:
+    if (why := cuda_reason("route_topk", logits)) is not None:
+        return why
+    if logits.dtype == torch.float64:
+        return "float64 logits are Triton's"
+    experts = logits.shape[1]
+    return f"it takes at most {MOST_EXPERTS} experts, got {experts}" if experts > MOST_EXPERTS else None
 
 
 def dense_weights(routing: Routing, num_experts: int | None = None) -> Tensor:

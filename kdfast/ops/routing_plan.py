@@ -41,6 +41,8 @@ from kdfast._library import (
     new_empty,
     readable,
 )
+from kdfast.cuda import MOST_EXPERTS
+from kdfast.cuda import reason as cuda_reason
 from kdfast.triton import reason as triton_reason
 from kdfast.triton import register
 
@@ -164,8 +166,8 @@ def combine_reference(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tenso
 
 # ---------------------------------------------------------------- registration
 lib.define(
-    "routing_plan(Tensor ids, Tensor? keep, int num_experts, int block, int capacity, bool choice, bool validate) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "routing_plan(Tensor ids, Tensor? keep, int num_experts, int block, int capacity, bool choice, bool validate, "
+    "bool cuda=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 lib.define("routing_gather(Tensor x, Tensor order, int k) -> Tensor")
 lib.define("routing_combine(Tensor rows, Tensor? weights, Tensor inverse) -> Tensor")
@@ -187,7 +189,7 @@ def _plan_tensors(ids: Tensor, num_experts: int, block: int) -> list[Tensor]:
 
 
 @torch.library.register_fake("kdfast::routing_plan")
-def _(ids, keep, num_experts, block, capacity, choice, validate):
+def _(ids, keep, num_experts, block, capacity, choice, validate, cuda=False):
     return tuple(_plan_tensors(ids, num_experts, block))
 
 
@@ -330,11 +332,15 @@ _apply_dispatch, _apply_combine = applied(_Dispatch), applied(_Combine)
 
 
 def fused_backend(
-    op: str, backend: str | None, *tensors: Tensor | None, also: Callable[[], str | None] = lambda: None
+    op: str,
+    backend: str | None,
+    *tensors: Tensor | None,
+    also: Callable[[], str | None] = lambda: None,
+    num_experts: int = 0,
 ) -> str:
     """The backend for floating tensors and the ids beside them: what every function of this family can run on.
 
-    also: what else an op needs of a GPU, as a reason why not or None.
+    also: what else an op needs of a GPU, as a reason why not or None. num_experts: of the plan alone, which has a CUDA kernel.
     """
 
     def cpu() -> str | None:
@@ -346,7 +352,12 @@ def fused_backend(
     def triton() -> str | None:
         return triton_reason(op, *(t for t in tensors if t is not None)) or also()
 
-    return choose(op, backend, {"cpu": cpu, "triton": triton}, tensors)
+    def cuda() -> str | None:
+        if (why := cuda_reason(op, *(t for t in tensors if t is not None))) is not None:
+            return why
+        return f"it takes at most {MOST_EXPERTS} experts, got {num_experts}" if num_experts > MOST_EXPERTS else None
+
+    return choose(op, backend, {"cpu": cpu, "cuda": cuda, "triton": triton}, tensors)
 
 
 # ---------------------------------------------------------------- public
@@ -390,7 +401,7 @@ def make_plan(
         raise ValueError(f"skip_zero: expected the shape of ids {tuple(ids.shape)}, got {tuple(skip_zero.shape)}")
     if validate is None:
         validate = ids.device.type == "cpu" or debugging()
-    chosen = fused_backend("make_plan", backend, ids)
+    chosen = fused_backend("make_plan", backend, ids, num_experts=num_experts)
     if (
         chosen != "cpu"
         and validate
@@ -401,7 +412,8 @@ def make_plan(
     if chosen == "reference":
         return make_plan_reference(ids, num_experts, block=block, capacity=capacity, order=order, weights=skip_zero)
     keep = None if skip_zero is None else skip_zero.detach() != 0
-    tensors = _plan_op(ids, keep, num_experts, block, capacity or 0, order == "choice", validate)
+    cuda = (True,) if chosen == "cuda" else ()
+    tensors = _plan_op(ids, keep, num_experts, block, capacity or 0, order == "choice", validate, *cuda)
     return Plan._make((*tensors, block))
 
 

@@ -53,6 +53,7 @@ from kdfast._library import (
     operand,
     transforms_active,
 )
+from kdfast.cuda import reason as cuda_reason
 from kdfast.triton import reason as triton_reason
 from kdfast.triton import register
 
@@ -189,14 +190,15 @@ def _largest_change(f: Tensor, new_f: Tensor, g: Tensor, new_g: Tensor, order: s
 _TAIL = "float epsilon, int n_iters, bool rows_first, float lam_a, float lam_b"
 
 # plan, f, g are empty unless `need_plan`, value unless not; saved [batch, n_iters, N + M]: f / epsilon and g / epsilon after
-# every iteration, for the backward, in float64 (csrc/cpu/sinkhorn.h).
+# every iteration, for the backward, in float64 (csrc/cpu/sinkhorn.h). Last, whether a GPU runs the CUDA kernels instead of
+# Triton's: a default, which torch never hands to a kernel.
 lib.define(
-    f"sinkhorn(Tensor cost, Tensor? a, Tensor? b, {_TAIL}, float tol, bool need_plan, bool need_saved) "
+    f"sinkhorn(Tensor cost, Tensor? a, Tensor? b, {_TAIL}, float tol, bool need_plan, bool need_saved, bool cuda=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 lib.define(
     "sinkhorn_backward(Tensor cost, Tensor? a, Tensor? b, Tensor iterations, Tensor saved, Tensor? grad_value, "
-    f"Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, {_TAIL}, bool envelope) -> (Tensor, Tensor, Tensor)"
+    f"Tensor? grad_plan, Tensor? grad_f, Tensor? grad_g, {_TAIL}, bool envelope, bool cuda=False) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -216,7 +218,7 @@ def _outputs(cost: Tensor, a, b, n_iters: int, need_plan: bool, need_saved: bool
 
 
 @torch.library.register_fake("kdfast::sinkhorn")
-def _(cost, a, b, epsilon, n_iters, rows_first, lam_a, lam_b, tol, need_plan, need_saved):
+def _(cost, a, b, epsilon, n_iters, rows_first, lam_a, lam_b, tol, need_plan, need_saved, cuda=False):
     return _outputs(cost, a, b, n_iters, need_plan, need_saved)
 
 
@@ -226,7 +228,7 @@ def _gradients(cost: Tensor, a, b) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("kdfast::sinkhorn_backward")
-def _(cost, a, b, iterations, saved, grad_value, grad_plan, grad_f, grad_g, epsilon, n_iters, rows_first, lam_a, lam_b, envelope):  # fmt: skip
+def _(cost, a, b, iterations, saved, grad_value, grad_plan, grad_f, grad_g, epsilon, n_iters, rows_first, lam_a, lam_b, envelope, cuda=False):  # fmt: skip
     return _gradients(cost, a, b)
 
 
@@ -269,17 +271,17 @@ class _Sinkhorn(torch.autograd.Function):
     """Saves the cost and n_iters (N + M) potentials per problem; the backward makes the kernel matrix again."""
 
     @staticmethod
-    def forward(ctx, cost, a, b, options, tol, need_plan, envelope):
-        outputs = _op(cost, a, b, *options, tol, need_plan, True)
-        _Sinkhorn._save(ctx, cost, a, b, options, envelope, outputs)
+    def forward(ctx, cost, a, b, options, tol, need_plan, envelope, cuda):
+        outputs = _op(cost, a, b, *options, tol, need_plan, True, *cuda)
+        _Sinkhorn._save(ctx, cost, a, b, (*options, envelope, *cuda), outputs)
         return outputs
 
     @staticmethod
-    def _save(ctx, cost, a, b, options, envelope, outputs):
+    def _save(ctx, cost, a, b, options, outputs):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[4:])
         ctx.save_for_backward(cost, a, b, *outputs[4:])
-        ctx.options = (*options, envelope)
+        ctx.options = options
         ctx.empty = [t.numel() == 0 for t in outputs[:4]]
 
     @staticmethod
@@ -293,7 +295,7 @@ class _Sinkhorn(torch.autograd.Function):
             grad_cost if needs[0] else None,
             grad_a if needs[1] else None,
             grad_b if needs[2] else None,
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -301,20 +303,20 @@ class _SinkhornTransform(torch.autograd.Function):
     """`_Sinkhorn` in the form torch.func transforms ask for."""
 
     @staticmethod
-    def forward(cost, a, b, options, tol, need_plan, envelope):
-        return _op(cost, a, b, *options, tol, need_plan, True)
+    def forward(cost, a, b, options, tol, need_plan, envelope, cuda):
+        return _op(cost, a, b, *options, tol, need_plan, True, *cuda)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        cost, a, b, options, _, _, envelope = inputs
-        _Sinkhorn._save(ctx, cost, a, b, options, envelope, output)
+        cost, a, b, options, _, _, envelope, cuda = inputs
+        _Sinkhorn._save(ctx, cost, a, b, (*options, envelope, *cuda), output)
 
     @staticmethod
     def backward(ctx, *grads):
         return _Sinkhorn.backward(ctx, *grads)
 
 
-def _solve(cost, a, b, epsilon, n_iters, order, rho, tol, need_plan, envelope) -> tuple[Tensor, ...]:
+def _solve(chosen, cost, a, b, epsilon, n_iters, order, rho, tol, need_plan, envelope) -> tuple[Tensor, ...]:
     """value, plan, f, g, iterations from the fused op."""
     dtype = compute_dtype(cost, *(w for w in (a, b) if w is not None))
     if a is not None:
@@ -324,12 +326,13 @@ def _solve(cost, a, b, epsilon, n_iters, order, rho, tol, need_plan, envelope) -
     lam_a, lam_b = (_damping(r, epsilon) for r in _rho_pair(rho))
     options = (float(epsilon), n_iters, order == "rows_first", lam_a, lam_b)
     tol = -1.0 if tol is None else float(tol)
+    cuda = (True,) if chosen == "cuda" else ()
     if transforms_active():
-        return _SinkhornTransform.apply(cost, a, b, options, tol, need_plan, envelope)[:5]
+        return _SinkhornTransform.apply(cost, a, b, options, tol, need_plan, envelope, cuda)[:5]
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (cost, a, b))
     if not wanted:
-        return _op(cost, a, b, *options, tol, need_plan, False)[:5]
-    return _Sinkhorn.apply(cost, a, b, options, tol, need_plan, envelope)[:5]
+        return _op(cost, a, b, *options, tol, need_plan, False, *cuda)[:5]
+    return _Sinkhorn.apply(cost, a, b, options, tol, need_plan, envelope, cuda)[:5]
 
 
 # ---------------------------------------------------------------- public
@@ -367,7 +370,7 @@ def sinkhorn(
         reg_type: "entropy" or "kl", POT's names for what P is compared with.
         grad: "unrolled" differentiates every iteration, exactly. "envelope" returns everything detached, so that
             (plan * cost).sum() has the gradient P: that of the converged entropic cost, by Danskin's theorem.
-        backend: "cpu", "triton", "reference" or None for the best that can run. update="average", reg_type="kl" and an
+        backend: "cpu", "cuda", "triton", "reference" or None for the best that can run. update="average", reg_type="kl" and an
             epsilon per iteration run in the reference.
     Returns:
         SinkhornOutput(plan [..., N, M], f [..., N], g [..., M], iterations [...]), float32 (float64 for float64 input).
@@ -380,11 +383,12 @@ def sinkhorn(
     >>> plan, f, g, _ = sinkhorn(torch.rand(8, 5, 7), epsilon=0.1, n_iters=50)
     """
     _check(cost, a, b, epsilon, n_iters, order, update, rho, tol, reg_type, grad)
-    if _choose("sinkhorn", cost, a, b, epsilon, update, reg_type, backend) != "reference":
+    chosen = _choose("sinkhorn", cost, a, b, epsilon, update, reg_type, backend)
+    if chosen != "reference":
         if grad == "envelope":
             cost = cost.detach()
             a, b = (None if t is None else t.detach() for t in (a, b))
-        _, *out = _solve(cost, a, b, epsilon, n_iters, order, rho, tol, True, False)
+        _, *out = _solve(chosen, cost, a, b, epsilon, n_iters, order, rho, tol, True, False)
         return SinkhornOutput(*out)
     return sinkhorn_reference(
         cost, a, b, epsilon=epsilon, n_iters=n_iters, order=order, update=update, rho=rho, tol=tol, reg_type=reg_type,
@@ -426,8 +430,9 @@ def sinkhorn_cost(
                 raise ValueError(
                     f"{name}: grad='envelope' gives no gradient for weights; detach {name} or use 'unrolled'"
                 )
-    if _choose("sinkhorn_cost", cost, a, b, epsilon, update, reg_type, backend) != "reference":
-        return _solve(cost, a, b, epsilon, n_iters, order, rho, tol, False, grad == "envelope")[0]
+    chosen = _choose("sinkhorn_cost", cost, a, b, epsilon, update, reg_type, backend)
+    if chosen != "reference":
+        return _solve(chosen, cost, a, b, epsilon, n_iters, order, rho, tol, False, grad == "envelope")[0]
     return sinkhorn_cost_reference(
         cost, a, b, epsilon=epsilon, n_iters=n_iters, order=order, update=update, rho=rho, tol=tol, reg_type=reg_type,
         grad=grad,
@@ -493,16 +498,24 @@ def _reference_only(epsilon, update, reg_type) -> str | None:
 
 
 def _choose(op: str, cost, a, b, epsilon, update, reg_type, backend) -> str:
+    def core_only() -> str | None:
+        return f"cost has {cost.dim()} dimensions, the core takes 9" if cost.dim() > 9 else None
+
     def cpu() -> str | None:
         if (why := core_reason()) is not None:
             return why
         if cost.device.type not in ("cpu", "meta"):
             return f"the tensors are on {cost.device}"
-        if cost.dim() > 9:
-            return f"cost has {cost.dim()} dimensions, the core takes 9"
-        return _reference_only(epsilon, update, reg_type)
+        return core_only() or _reference_only(epsilon, update, reg_type)
+
+    def cuda() -> str | None:
+        if (why := cuda_reason("sinkhorn", cost)) is not None:
+            return why
+        if compute_dtype(cost, *(w for w in (a, b) if w is not None)) == torch.float64:
+            return "float64 is not CUDA's"
+        return core_only() or _reference_only(epsilon, update, reg_type)
 
     def triton() -> str | None:
         return triton_reason("sinkhorn", cost) or _reference_only(epsilon, update, reg_type)
 
-    return choose(op, backend, {"cpu": cpu, "triton": triton}, (cost, a, b))
+    return choose(op, backend, {"cpu": cpu, "cuda": cuda, "triton": triton}, (cost, a, b))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 
 import pytest
 import torch
 from cuda_emulation import EMULATOR, build
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fibers of the emulator: ucontext of Linux")
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 template <class F>
 cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return emulator::answer(cudaSuccess);
-  if (value > int(emulator::kMaxShared)) return emulator::answer(cudaErrorInvalidValue, "more shared memory than a block can have");
+  if (value > int(emulator::max_shared)) return emulator::answer(cudaErrorInvalidValue, "more shared memory than a block can have");
   emulator::allowed_shared[reinterpret_cast<const void*>(kernel)] = std::size_t(value);
   return emulator::answer(cudaSuccess);
 }
@@ -268,7 +268,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMultiProcessorCount        ? emulator::multiprocessors
            : attribute == cudaDevAttrComputeCapabilityMajor   ? 9
            : attribute == cudaDevAttrComputeCapabilityMinor   ? 0
-                                                              : int(emulator::kMaxShared);
+                                                              : int(emulator::max_shared);
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }

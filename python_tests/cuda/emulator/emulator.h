@@ -47,7 +47,8 @@ namespace emulator {
 inline int multiprocessors = 4;
 inline int blocks_per_multiprocessor = 2;
 constexpr int kWarp = 32, kMaxThreads = 1024, kMaxCluster = 16;
-constexpr std::size_t kDefaultShared = 48 << 10, kMaxShared = 227 << 10;
+constexpr std::size_t kDefaultShared = 48 << 10;
+inline std::size_t max_shared = 227 << 10;  // a block's, on request
 #if defined(__SANITIZE_ADDRESS__)
 constexpr std::size_t kStack = 256 << 10;
 #else
