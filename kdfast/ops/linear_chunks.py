@@ -228,7 +228,8 @@ class Model:
                 )  # a rank compares its classes only
             return
         hidden = self.inputs[rows].to(self.products)
-        grad_hidden = None if self.grad_inputs is None else hidden.new_empty(hidden.shape)
+        empty = hidden.new_empty if self.classes else hidden.new_zeros  # a rank may have no class that is compared
+        grad_hidden = None if self.grad_inputs is None else empty(hidden.shape)
         for at in self._head_blocks(len(grad)):
             part = self._converted("logits", grad[:, at])
             if grad_hidden is not None:

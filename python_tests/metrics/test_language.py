@@ -75,4 +75,4 @@ def test_peak_memory_sees_what_is_freed_again():
     peak = peak_memory(call)
     if peak is None:
         pytest.skip("this system does not let a process reset its high-water mark")
-    assert megabytes <= peak / 2**20 < megabytes + 16
+    assert megabytes - 1 <= peak / 2**20 < megabytes + 16  # the kernel adds up pages in batches: 95.84 was seen
