@@ -18,8 +18,8 @@ ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
 # The test extra holds only what a first run needs; pip takes the build tools into an environment of its own.
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
-	KDFAST_CORE=1 KDFAST_CUDA=$(KDFAST_CUDA) $(BIN)/python -m pip install -q --disable-pip-version-check -e ".[train,hf,trainers,test,lint]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check "$(TORCH)"
+	KDFAST_CORE=1 KDFAST_CUDA=$(KDFAST_CUDA) $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e ".[train,hf,trainers,test,lint]"
 	touch $@
 
 # The main job: trains a teacher, then students with labels alone, with plain KD and with the method, over 5 seeds.

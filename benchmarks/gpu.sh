@@ -7,6 +7,7 @@
 # PYTHON: the interpreter (default python3). WHEELS: a folder of wheels for what it lacks (pytest, hypothesis, matplotlib, ...).
 # CASES: names for bench (default: every case this GPU has no result for; python -m benchmarks.gpu --list). LIMIT: seconds after
 # which bench begins no further case (default 300). Run again for the rest: results are kept in benchmarks/results/<gpu>/.
+# KDFAST_COMMIT: the commit, where there is no git.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -34,11 +35,19 @@ build() {
   "$PYTHON" -c 'import json, kdfast; print(json.dumps(kdfast.backend_info(), indent=1, default=str))'
 }
 
-# Every op on the GPU, by every backend, in four dtypes; then the CPU's op tests on this machine's Python and torch.
+# Every op on the GPU, by every backend, in four dtypes; then CPU op tests on this machine's Python and torch. In several
+# processes where xdist is there: hundreds of kernels are compiled, each on one core. An older torch warns of cuBLAS without a
+# workspace setting, and warnings are errors in the tests.
+pytests() {
+  local limit=$1 parallel=()
+  shift
+  "$PYTHON" -c 'import xdist' 2> /dev/null && parallel=(-p xdist.plugin -n "${JOBS:-12}")
+  PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8} OMP_NUM_THREADS=2 KDFAST_EXPECT_CORE=1 \
+    timeout "$limit" "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" "$@" || failed=1
+}
 tests() {
-  KDFAST_EXPECT_CORE=1 KDFAST_EXPECT_GPU=1 "$PYTHON" -m pytest -q -p no:cacheprovider python_tests/gpu python_tests/triton/test_on_a_gpu.py || failed=1
-  KDFAST_EXPECT_CORE=1 HYPOTHESIS_PROFILE=dev timeout 150 "$PYTHON" -m pytest -q -x -p no:cacheprovider python_tests/ops/test_divergence.py \
-    python_tests/ops/test_selective.py -k "not inductor" || failed=1
+  KDFAST_EXPECT_GPU=1 pytests 300 python_tests/gpu python_tests/triton/test_on_a_gpu.py
+  HYPOTHESIS_PROFILE=dev pytests 90 python_tests/ops/test_divergence.py python_tests/ops/test_selective.py -k "not inductor"
 }
 
 # Memory errors and races of the CUDA kernels, where compute-sanitizer is installed.

@@ -34,13 +34,14 @@ def main(arguments: list[str]) -> KDTrainer:
     job, args = HfArgumentParser((Job, KDTrainingArguments)).parse_args_into_dataclasses(arguments)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     rows = token_rows(job.data, tokenizer, max_length=job.max_length)
+    held = min(job.held_out, len(rows) // 10)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = KDTrainer(
         job.model,
         args,
         processing_class=tokenizer,
-        train_dataset=Subset(rows, range(job.held_out, len(rows))),
-        eval_dataset=Subset(rows, range(job.held_out)),
+        train_dataset=Subset(rows, range(held, len(rows))),
+        eval_dataset=Subset(rows, range(held)),
         data_collator=partial(collate_rows, pad_id=pad_id),
     )
     before = trainer.evaluate()

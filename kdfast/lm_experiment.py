@@ -30,6 +30,7 @@ from kdfast._extras import needs
 from kdfast._files import write_text
 from kdfast.data.stdlib_text import corpus_identity, split_of, stdlib_text, train_tokenizer
 from kdfast.data.teacher_cache import TeacherCache, cache_teacher
+from kdfast.data.teacher_cache.store import processes
 from kdfast.data.text import collate_rows, load_text, load_tokenizer, token_rows, tokenizer_fingerprint
 from kdfast.experiment import claim, commit, joined, once
 from kdfast.lm_cost import compare_cost
@@ -87,6 +88,8 @@ class Settings:
     def __post_init__(self) -> None:
         known = ("ce", *(kind for kind in KINDS if kind != "dkd"), *(CACHED + kind for kind in SPARSE_KINDS))
         unknown = [arm for arm in self.arms if arm not in known]
+        if self.student is not None and self.teacher is None:
+            raise ValueError(f"teacher: expected one with the tokenizer of the student {self.student}, got none")
         if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
             raise ValueError(
                 f"kinds: expected different ones of {', '.join(known)}, got {', '.join(self.arms) or 'none'}"
@@ -218,11 +221,11 @@ class Job:
         )
 
     # ---------------------------------------------------------------- models
-    def model(self, name: str | None, widths: dict[str, int], seed: int) -> nn.Module:
+    def model(self, name: str | None, widths: dict[str, int], seed: int, dtype: str = "auto") -> nn.Module:
         """A model of transformers by name, or a small Llama with the tokenizer's vocabulary and initial weights of the seed."""
         transformers = needs("transformers", "hf")
         if name is not None:
-            return transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         config = transformers.LlamaConfig(
             vocab_size=len(self.tokenizer), max_position_embeddings=max(self.settings.length, 128), tie_word_embeddings=True,
             bos_token_id=self.tokenizer.bos_token_id, eos_token_id=self.tokenizer.eos_token_id, pad_token_id=None, **widths,
@@ -232,13 +235,13 @@ class Job:
             return transformers.AutoModelForCausalLM.from_config(config)
 
     def student(self, seed: int) -> nn.Module:
-        return self.model(self.settings.student, STUDENT, seed)
+        return self.model(self.settings.student, STUDENT, seed, "float32")  # bfloat16 would round steps of 2e-5 away
 
     @cached_property
     def teacher(self) -> nn.Module:
         """Trained: from its name, or from the folder its training wrote."""
         name = self.settings.teacher or str(self.out / "teacher")
-        return self.model(name, TEACHER, 0).eval().requires_grad_(False)
+        return self.model(name, TEACHER, 0).eval().requires_grad_(False).to(processes().device)
 
     # ---------------------------------------------------------------- pieces
     def make_teacher(self) -> dict[str, Any]:
@@ -256,7 +259,7 @@ class Job:
         start = time.perf_counter()
         cache = cache_teacher(
             self.teacher, self.student_rows, self.out / "cache", tokenizer=self.tokenizer, top_k=s.top_k, temperature=s.temperature,
-            batch_size=s.batch_size, on_progress=lambda done, total: work.append(total),
+            vocab_size=self.classes(self.student(0)), batch_size=s.batch_size, on_progress=lambda done, total: work.append(total),
         )  # fmt: skip
         seconds = time.perf_counter() - start
         tokens = cache.manifest["totals"]["tokens"]
@@ -333,7 +336,7 @@ class Job:
         }  # fmt: skip
 
     def cost(self) -> dict[str, Any]:
-        s, student = self.settings, self.student(0)
+        s, student = self.settings, self.student(0).to(processes().device)
         batch = collate_rows([self.student_rows[i % len(self.student_rows)] for i in range(s.batch_size)])
         return compare_cost(student, self.teacher, batch, self.classes(student)) | {"commit": commit()}
 

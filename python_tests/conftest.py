@@ -24,6 +24,14 @@ settings.register_profile("nightly", max_examples=100_000, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def accelerate_starts_anew():
+    """Its state is one for the process: the precision that a file's Trainer asked for would be refused to the next file's."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
+
+
 @pytest.fixture(autouse=True)
 def unwritten_memory_is_nan():
     """Fills torch.empty with NaN (integers with their maximum), in Python and for the buffers handed to the core."""

@@ -23,7 +23,17 @@ EMULATOR = TESTS / "cuda" / "emulator"
 CSRC = TESTS.parent / "csrc"
 # What the module of the emulated kernels is made of, beside the core's own bindings of them.
 KERNELS = ("routing", "routing_plan", "sinkhorn", "sinkhorn_grid")
-FLAGS = ("-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE")
+# -fno-gnu-unique: two of these libraries in one process are two emulators, with states of their own.
+FLAGS = (
+    "-std=c++17",
+    "-fPIC",
+    "-fno-gnu-unique",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-U_FORTIFY_SOURCE",
+)
 
 
 def build(out: Path, *sources: Path, flags: tuple[str, ...] = ()) -> Path:

@@ -8,6 +8,7 @@ try the program) the clock is the wall's and there are no graphs.
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -101,8 +102,8 @@ class Bench:
             function = load()
             self.step(function, 1.0)()
             self.candidates[name] = function
-        except (ImportError, ValueError, RuntimeError, torch.OutOfMemoryError) as error:
-            self.left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        except Exception as error:  # Triton's errors are no RuntimeErrors
+            self.left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         self.clear()
 
     def clear(self) -> None:
@@ -172,12 +173,15 @@ def measure(case: GpuCase, device: torch.device, seconds: float) -> dict[str, An
         mode: {n: bench.step(f, upstream) for n, f in bench.candidates.items()} for mode, upstream in MODES.items()
     }
     if case.graph and device.type == "cuda":
-        for mode, upstream in (("graph forward", None), ("graph", 1.0)):
-            modes[mode] = {}
-            for name, function in bench.candidates.items():
+        graphs: dict[str, float | None] = {"graph forward": None, "graph": 1.0}
+        modes |= {mode: {} for mode in graphs}
+        for name, function in bench.candidates.items():  # ours first: a capture that fails may spoil later ones
+            for mode, upstream in graphs.items():
+                before = torch.cuda.current_stream()
                 try:
                     modes[mode][name] = bench.graph(function, upstream)
                 except RuntimeError as error:
+                    torch.cuda.set_stream(before)
                     bench.left_out[f"{name}, {mode}"] = str(error).splitlines()[0][:200]
     for mode, calls in modes.items():
         times = clock.rounds(calls, seconds) if calls else {}
@@ -257,5 +261,5 @@ def identity(device: torch.device) -> dict[str, Any]:
         "triton": version,
         "kdfast": kdfast.__version__,
         "kdfast_cuda": kdfast.backend_info()["cuda"],
-        "commit": git("rev-parse", "--short=12", "HEAD") or None,
+        "commit": git("rev-parse", "--short=12", "HEAD") or os.environ.get("KDFAST_COMMIT") or None,
     }

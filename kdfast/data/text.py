@@ -76,7 +76,8 @@ def token_rows(
         packing: rows of `max_length` tokens from joined documents, else one document per row. (A thousand documents are joined at
             a time, so one row in each thousand documents is shorter.)
         column: of the text. A dataset with a column "input_ids" (and "labels") is taken as it is, cut at max_length.
-        split, config, revision: as in `datasets.load_dataset`. limit: the first so many documents. num_proc: processes that tokenize.
+        split, config, revision: as in `datasets.load_dataset`. limit: the first so many documents. num_proc: processes that tokenize;
+            with packing each joins its own share of the documents, so another number gives other rows.
 
     >>> rows = token_rows(["one document", "another"], "Qwen/Qwen2.5-0.5B", max_length=16)   # doctest: +SKIP
     """
@@ -98,7 +99,7 @@ def token_rows(
             tokens, keep = [_ended(row, eos) for row in encode(tokenizer, batch[column])], None
         if packing:
             keep = [[True] * len(row) for row in tokens] if keep is None else keep
-            keep = [[False, *row[1:]] for row in keep]
+            keep = [[False, *row[1:]] if row else [] for row in keep]  # an empty document has no first token
             tokens, keep = _packed(tokens, max_length), _packed(keep, max_length)
         columns = {"input_ids": [row[:max_length] for row in tokens if row]}
         columns["length"] = [len(row) for row in columns["input_ids"]]
@@ -106,7 +107,10 @@ def token_rows(
             columns["keep"] = [row[:max_length] for row in keep if row]
         return columns
 
-    options = json.dumps([packing, max_length, column, eos, tokenizer_fingerprint(tokenizer)])
+    # What a vocabulary does not tell: special tokens, merges, normaliser. Packing joins what one process was given.
+    probe = [] if ready else encode(tokenizer, ["Two words,\n\tÄ 12345", "x"])
+    shares = (num_proc or 1) if packing else 0
+    options = json.dumps([shares, max_length, column, eos, tokenizer_fingerprint(tokenizer), probe])
     name = hashlib.sha256(f"kdfast {documents._fingerprint} {options}".encode()).hexdigest()[:16]
     masked = packing or (ready and "labels" in documents.column_names)
     table = documents.map(

@@ -73,7 +73,7 @@ def sampled_batch(
     try:
         tokens = student.generate(
             input_ids=prompts, attention_mask=mask, do_sample=True, temperature=temperature, max_new_tokens=max_new_tokens,
-            pad_token_id=pad_token_id, **{"top_k": 0, "top_p": 1.0, **generate},
+            pad_token_id=pad_token_id, **{"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, **generate},
         )  # fmt: skip
     finally:
         student.train(training)

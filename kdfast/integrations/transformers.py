@@ -127,7 +127,8 @@ class KDTrainer(Trainer):
         if args.on_policy and teacher is None:
             raise ValueError("on_policy: no cache has scored what the student will sample; expected a teacher_model")
         if isinstance(model, str):
-            model = load_model(model, args.model_init_kwargs)
+            # In float32: small steps round away in bfloat16 weights (bf16=True computes in bfloat16).
+            model = load_model(model, {"dtype": "float32", **(args.model_init_kwargs or {})})
         if isinstance(teacher, str):
             if teacher_processing_class is None and options.get("processing_class") is not None:
                 teacher_processing_class = AutoTokenizer.from_pretrained(teacher)
@@ -163,13 +164,22 @@ class KDTrainer(Trainer):
         if teacher is not None:
             teacher.requires_grad_(False).eval()
             self.teacher = shard_like_student(teacher, self.accelerator)
-        self._seen: dict[str, Tensor] = {}  # mode -> sums of (ce, kd, tokens) since the last log or evaluation
+        self._seen: dict[
+            str, Tensor
+        ] = {}  # mode -> sums of (ce, kd, tokens, tokens with ce) since the last log or evaluation
         self._all_logits = True
 
     def _classes(self, teacher: nn.Module | None, teacher_tokenizer: Any) -> int | None:
         """How many classes are compared: None for all of them."""
         tokenizer, classes = self.processing_class, self.args.vocab_size
         if teacher is None:
+            size, known = head_size(self.model), self.teacher_cache.vocab_size
+            if size is not None and size < (classes or known):
+                raise ValueError(
+                    f"teacher_cache: its lists are of {known} classes, the student has {size}; make the cache with vocab_size={size}"
+                )
+            if classes is not None and classes < known:
+                raise ValueError(f"vocab_size: expected at least the {known} classes of the cache, got {classes}")
             return classes
         sizes: Any = [head_size(model) for model in (self.model, teacher)]
         if tokenizer is not None and teacher_tokenizer is not None:
@@ -242,9 +252,11 @@ class KDTrainer(Trainer):
         wide = torch.float32 if kept.device.type == "mps" else torch.float64
         ce, kd = parts["ce"].to(wide), parts["kd"].to(wide)
         if training:
-            self._note("train", torch.stack((ce, kd, kept.sum().to(wide))))
+            tokens = kept.sum().to(wide)
+            scored = torch.zeros_like(tokens) if ce_weight == 0 else tokens  # sampled answers have no cross-entropy
+            self._note("train", torch.stack((ce, kd, tokens, scored)))
         else:  # by sequences, since a loader on several processes repeats some to fill its last batch
-            rows = torch.stack((ce.sum(-1), kd.sum(-1), kept.to(wide)), -1)  # [B, 3]
+            rows = torch.stack((ce.sum(-1), kd.sum(-1), kept.to(wide), kept.to(wide)), -1)  # [B, 4]
             self._note("eval", self.accelerator.gather_for_metrics(rows).sum(0))
             loss = loss.sum()
         if num_items_in_batch is None:
@@ -270,10 +282,9 @@ class KDTrainer(Trainer):
         if LISTS[0] not in inputs:
             if inputs.get("row_id") is None:
                 raise ValueError(f"batch: expected row_id, the rows' places in the cache, got only {', '.join(inputs)}")
-            inputs = self.teacher_cache.rows(inputs["row_id"].tolist(), inputs["input_ids"]) | {
-                "labels": inputs["labels"].cpu(), "attention_mask": inputs["attention_mask"].cpu()
-            }  # fmt: skip
-            without = (next_labels(inputs) != IGNORE) & (inputs[LISTS[0]] < 0).all(-1)
+            learned = (next_labels(inputs) != IGNORE).cpu()
+            inputs = self.teacher_cache.rows(inputs["row_id"].tolist(), inputs["input_ids"])
+            without = learned & (inputs[LISTS[0]] < 0).all(-1)
             if bool(without.any()):
                 row, token = without.nonzero()[0].tolist()
                 raise ValueError(
@@ -296,8 +307,8 @@ class KDTrainer(Trainer):
         self._seen[mode] = self._seen.get(mode, 0) + sums.detach()
 
     def _means(self, sums: Tensor) -> dict[str, float]:
-        ce, kd, tokens = sums.tolist()
-        return {"ce": ce / max(tokens, 1), "kd": kd / max(tokens, 1)}
+        ce, kd, tokens, scored = sums.tolist()
+        return {"ce": ce / max(scored, 1), "kd": kd / max(tokens, 1)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         sums = self._seen.pop("train", None) if "loss" in logs else None

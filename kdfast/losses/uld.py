@@ -108,7 +108,8 @@ class _Rows(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (grad * grad_rows.unsqueeze(-1)).to(grad.dtype), None, None, None, None
+        factor = grad_rows.unsqueeze(-1)  # 0: a masked row, whose logits may be anything
+        return (grad * factor).masked_fill_(factor == 0, 0.0).to(grad.dtype), None, None, None, None
 
 
 def _largest(probs: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ def pairwise_infonce_reference(
     denominator = scores
     if exclude_self:
         denominator = torch.where(own.unsqueeze(1) == torch.arange(len(y), device=y.device), -torch.inf, scores)
-    index = own if positive is None else positive.long()
+    index = own if positive is None else positive.long().contiguous()
     return denominator.logsumexp(-1) - scores.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
@@ -343,7 +343,7 @@ def pairwise_infonce(
             x, y, tau=tau, similarity=similarity, positive=positive, exclude_self=exclude_self
         )
     x, y = _operands(x, y, similarity)
-    positive = torch.arange(len(x), device=x.device) if positive is None else positive.long()
+    positive = torch.arange(len(x), device=x.device) if positive is None else positive.long().contiguous()
     need_x = torch.is_grad_enabled() and (x.requires_grad or transforms_active())
     return _infonce(x, y, positive, 1.0 / tau, exclude_self, need_x)[0]
 

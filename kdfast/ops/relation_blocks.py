@@ -27,6 +27,7 @@ def relation_by_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The op, on the fused backends."""
     sets, n = student.shape[:2]
+    mask = None if mask is None else mask.contiguous()  # the kernels read it flat
     rows = student.new_empty(sets, n)
     sides = (student, student_scale, need_student), (teacher, teacher_scale, need_teacher)
     grads = tuple(token_gradient(x, need).zero_() for x, _, need in sides)

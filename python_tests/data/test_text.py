@@ -63,6 +63,15 @@ def test_packing_keeps_every_token_and_no_label_crosses_documents():
     assert torch.equal(labels[~first], stream[~first])
 
 
+def test_an_empty_document_shifts_no_label():
+    documents = ["alpha beta gamma", "", "delta epsilon", "", "zeta"]
+    lengths = [row["length"] for row in text.token_rows(documents, tokenizer(), max_length=64).table]
+    rows = text.token_rows(documents, tokenizer(), max_length=8, packing=True)
+    labels = [label for i in range(len(rows)) for label in rows[i]["labels"].tolist()]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    assert [i for i, label in enumerate(labels) if label == -100] == starts and len(labels) == sum(lengths)
+
+
 def test_rows_carry_their_id_and_pad_on_the_right():
     rows = text.token_rows(TEXTS, tokenizer(), max_length=64)
     short, long = int(rows.lengths.argmin()), int(rows.lengths.argmax())

@@ -364,3 +364,11 @@ def test_mmd_full_through_several_blocks(monkeypatch):
 def test_mmd_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         pairwise_mmd(torch.randn(3, 2), torch.randn(2, 2), **{"bandwidths": [1.0], **options})
+
+
+def test_strided_positives_are_read_by_their_strides():
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, 4, generator=g) for _ in range(2))
+    positive = torch.randint(6, (6, 3), generator=g)[:, 0]
+    got = pairwise_infonce(x, y, tau=0.5, positive=positive)
+    torch.testing.assert_close(got, pairwise_infonce(x, y, tau=0.5, positive=positive, backend="reference"))

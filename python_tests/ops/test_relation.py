@@ -244,3 +244,13 @@ def test_bad_kind_and_mask_dtype():
         relation_kl(torch.randn(3, 2), torch.randn(3, 2), kind="dkd")
     with pytest.raises(TypeError, match="mask: expected bool"):
         relation_mse(torch.randn(3, 2), torch.randn(3, 2), mask=torch.ones(3))
+
+
+def test_a_strided_mask_is_read_by_its_strides():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 4, generator=g) for _ in range(2))
+    mask = torch.tensor([[1, 0, 1, 1, 1, 0, 0, 1], [1, 1, 0, 1, 1, 1, 0, 0]], dtype=torch.bool)[:, :5]
+    assert not mask.is_contiguous()
+    for kept in (mask, mask[:1].expand(2, 5)):
+        got = relation_mse(student, teacher, mask=kept)
+        torch.testing.assert_close(got, relation_mse(student, teacher, mask=kept, backend="reference"))
