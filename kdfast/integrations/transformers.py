@@ -128,7 +128,8 @@ class KDTrainer(Trainer):
             raise ValueError("on_policy: no cache has scored what the student will sample; expected a teacher_model")
         if isinstance(model, str):
             # In float32: small steps round away in bfloat16 weights (bf16=True computes in bfloat16).
-            model = load_model(model, {"dtype": "float32", **(args.model_init_kwargs or {})})
+            wanted: Any = args.model_init_kwargs or {}
+            model = load_model(model, {"dtype": "float32", **wanted})
         if isinstance(teacher, str):
             if teacher_processing_class is None and options.get("processing_class") is not None:
                 teacher_processing_class = AutoTokenizer.from_pretrained(teacher)
