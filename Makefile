@@ -9,17 +9,26 @@ KDFAST_CUDA ?= 0
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTS := $(VENV)/.tests
 # Development targets use the active environment if there is one.
 ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
 
 .PHONY: demo distill-lm test test-isa test-triton triton-table cuda cuda-table sanitize lint check-install wheel bench experiments method-costs methods-page leaderboard core clean
 
-# The environment: an editable install with the compiled core next to the sources, again when sources of the core change.
-# The test extra holds only what a first run needs; pip takes the build tools into an environment of its own.
+# The environment of the main job: an editable install with the compiled core next to the sources, again when sources of the core
+# change; pip takes the build tools into an environment of its own.
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check "$(TORCH)"
-	KDFAST_CORE=1 KDFAST_CUDA=$(KDFAST_CUDA) $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e ".[train,hf,trainers,test,lint]"
+	KDFAST_CORE=1 KDFAST_CUDA=$(KDFAST_CUDA) $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e ".[train]"
+	touch $@
+
+# What tests and linters need besides: the other extras of pyproject.toml, without building the core again.
+EXTRAS := import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  print(*(line for name in ("hf", "trainers", "test", "lint") for line in extras[name]), sep="\n")
+$(TESTS): $(READY)
+	$(BIN)/python -c '$(EXTRAS)' > $(VENV)/tests.txt
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check "$(TORCH)" -r $(VENV)/tests.txt
 	touch $@
 
 # The main job: trains a teacher, then students with labels alone, with plain KD and with the method, over 5 seeds.
@@ -29,12 +38,12 @@ demo: $(READY)
 
 # The second main job: a small teacher language model, its cache and students, with the default settings; then the result that is kept,
 # its figure and its table in docs/language-models.md. A stopped run goes on. LM: options that win.
-distill-lm: $(if $(VIRTUAL_ENV),,$(READY))
+distill-lm: $(if $(VIRTUAL_ENV),,$(TESTS))
 	$(ACTIVE) -m kdfast.cli distill-lm --out runs/lm $(LM)
 	$(ACTIVE) tools/lm_page.py runs/lm
 
 # The whole suite, on the compiled core; as a module, so that the tests see benchmarks/. ARGS: more for pytest, `make test ARGS="-k sinkhorn"`.
-test: $(READY)
+test: $(TESTS)
 	KDFAST_EXPECT_CORE=1 $(BIN)/python -m pytest -q $(ARGS)
 
 # What exercises every kernel of the core. The linear and sparse ops are torch loops around kernels that are tested here; the tests
@@ -43,7 +52,7 @@ KERNEL_TESTS := python_tests/ops python_tests/test_core.py python_tests/test_lib
   --ignore-glob='*sparse_divergence*' -k "not inductor and not gradcheck_of_the_reference and not modes"
 
 # The tests of the kernels on every instruction set below the best one, which `make test` ran; never above the machine's.
-test-isa: $(READY)
+test-isa: $(TESTS)
 	failed=0; for isa in $$($(BIN)/python -c "import kdfast; print(*kdfast.backend_info()['cpu']['isas'][:-1])"); do \
 	  echo "== KDFAST_CPU_ISA=$$isa"; \
 	  KDFAST_CPU_ISA=$$isa KDFAST_EXPECT_CORE=1 HYPOTHESIS_PROFILE=dev \
@@ -52,14 +61,15 @@ test-isa: $(READY)
 
 # The Triton kernels without a GPU: under the interpreter, and compiled ahead of time. Two processes, since a kernel that was
 # defined under the interpreter cannot be compiled (python_tests/triton_mode.py).
-test-triton: $(READY)
-	failed=0; \
-	KDFAST_TRITON_TESTS=interpreted TRITON_INTERPRET=1 $(BIN)/python -m pytest -q python_tests/triton $(ARGS) || failed=1; \
-	KDFAST_TRITON_TESTS=ahead $(BIN)/python -m pytest -q python_tests/triton $(ARGS) || failed=1; \
-	exit $$failed
+MODES := interpreted ahead
+test-triton: $(TESTS)
+	failed=0; for mode in $(MODES); do \
+	  KDFAST_TRITON_TESTS=$$mode TRITON_INTERPRET=$$([ $$mode = interpreted ] && echo 1 || echo 0) \
+	    $(BIN)/python -m pytest -q python_tests/triton $(ARGS) || failed=1; \
+	done; exit $$failed
 
 # What every Triton kernel uses on each GPU: benchmarks/results/triton/registers.json and docs/triton.md.
-triton-table: $(if $(VIRTUAL_ENV),,$(READY))
+triton-table: $(if $(VIRTUAL_ENV),,$(TESTS))
 	PYTHONPATH=$(CURDIR) $(ACTIVE) tools/triton_table.py $(CASES)
 
 # The kernels' tests on a core with AddressSanitizer and UndefinedBehaviorSanitizer. -k: a compiler would inherit the preload, and
@@ -67,7 +77,7 @@ triton-table: $(if $(VIRTUAL_ENV),,$(READY))
 # process that then aborts is lost.
 # The package is a folder of links to the sources beside the sanitized core, found first through PYTHONPATH.
 SANITIZED := $(CURDIR)/build/sanitize/package
-sanitize: $(READY)
+sanitize: $(TESTS)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "pybind11>=2.13" "cmake>=3.24" ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DKDFAST_SANITIZE=ON -DKDFAST_CUDA=0 -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -Dpybind11_DIR=$$($(BIN)/python -c 'import pybind11; print(pybind11.get_cmake_dir())') > /dev/null
@@ -79,20 +89,20 @@ sanitize: $(READY)
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	  $(BIN)/pytest -q -p no:cacheprovider --capture=sys $(KERNEL_TESTS) $(ARGS)
 
-lint: $(READY)
+lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Isolated, offline, archive, without a core, without a compiler: each tried for real, in build/install.
-check-install: $(READY)
+check-install: $(TESTS)
 	$(BIN)/python tools/check_install.py
 
 wheel: $(READY)
 	KDFAST_CORE=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-deps -w dist .
 
 # Measures what has no result for these sources, then docs/benchmarks.md, its plots and the README table. CASE="a b": these again.
-bench: $(if $(VIRTUAL_ENV),,$(READY))
+bench: $(if $(VIRTUAL_ENV),,$(TESTS))
 	$(ACTIVE) -m benchmarks.run $(CASE)
 
 # Experiments of the papers that benchmarks/results/methods/ does not hold yet; can be stopped and goes on where it was.
