@@ -22,7 +22,7 @@ __all__ = ["reset_peak", "resident"]  # for the cases
 ROOT = Path(__file__).resolve().parent.parent
 # A number of an op stands until one of these changes: what every op shares ...
 SHARED = (
-    "CMakeLists.txt", "csrc/bind.h", "csrc/isa.h", "csrc/logits.h", "csrc/memory.h", "csrc/memory.cpp", "csrc/parallel.h",
+    "CMakeLists.txt", "csrc/bind.h", "csrc/inline.h", "csrc/isa.h", "csrc/logits.h", "csrc/memory.h", "csrc/memory.cpp", "csrc/parallel.h",
     "csrc/parallel.cpp", "csrc/cpu/vec.h", "csrc/cpu/stage.h", "kdfast/_core.py", "kdfast/_library.py", "kdfast/_dispatch.py",
     "kdfast/losses/module.py", "benchmarks/case.py", "benchmarks/bench_cases.py",
 )  # fmt: skip

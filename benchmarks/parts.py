@@ -37,9 +37,13 @@ def routing() -> None:
 
 
 def products() -> None:
-    for n, k, m in ((2048, 2048, 2048), (128, 512, 1024)):
-        a, b = torch.randn(n, k), torch.randn(k, m)
-        print(f"product {n}x{k}x{m}: {2e-6 * n * k * m / best_ms(partial(torch.mm, a, b)):.0f} GFLOP/s")
+    """Large; those of an expert; those of a chunk of an LM head: all classes or a part, few rows or twice as many, and bfloat16."""
+    head = [(rows, 512, classes) for rows in (96, 208) for classes in (4096, 151936)]
+    for dtype, shapes in ((torch.float32, [(2048, 2048, 2048), (128, 512, 1024), *head]), (torch.bfloat16, head[:1])):
+        for n, k, m in shapes:
+            a, b = torch.randn(n, k).to(dtype), torch.randn(m, k).to(dtype).T
+            rate = 2e-6 * n * k * m / best_ms(partial(torch.mm, a, b))
+            print(f"product {n}x{k}x{m} {str(dtype).removeprefix('torch.')}: {rate:.0f} GFLOP/s")
 
 
 def short_rows() -> None:

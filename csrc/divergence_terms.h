@@ -13,13 +13,7 @@
 
 #include <cstdint>
 
-#if !defined(KD_INLINE)
-#if defined(__CUDACC__)
-#define KD_INLINE static __device__ __forceinline__
-#else
-#define KD_INLINE static inline __attribute__((always_inline))
-#endif
-#endif
+#include "inline.h"
 
 namespace kdfast {
 

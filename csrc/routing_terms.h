@@ -4,14 +4,7 @@
 #pragma once
 
 #include "cpu/routing.h"
-
-#if !defined(KD_INLINE)
-#if defined(__CUDACC__)
-#define KD_INLINE static __host__ __device__ __forceinline__
-#else
-#define KD_INLINE static inline __attribute__((always_inline))
-#endif
-#endif
+#include "inline.h"
 
 namespace kdfast {
 

@@ -1,13 +1,7 @@
 // The one formula that every compiled backend of kdfast.ops.sinkhorn rests on.
 #pragma once
 
-#if !defined(KD_INLINE)
-#if defined(__CUDACC__)
-#define KD_INLINE static __host__ __device__ __forceinline__
-#else
-#define KD_INLINE static inline __attribute__((always_inline))
-#endif
-#endif
+#include "inline.h"
 
 namespace kdfast {
 

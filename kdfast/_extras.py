@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
+
 
 def needs(module: str, extra: str) -> Any:
     """The module; without it an ImportError that names the extra."""
@@ -14,3 +16,10 @@ def needs(module: str, extra: str) -> Any:
         raise ImportError(
             f"{module} comes with the {extra!r} extra ({error}): pip install 'kdfast[{extra}]'"
         ) from error
+
+
+def processes() -> Any:
+    """accelerate's state of this process. By itself it takes several processes without a GPU for one each."""
+    accelerate = needs("accelerate", "train")
+    on_cpu = accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return accelerate.PartialState(cpu=on_cpu)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from kdfast.integrations.causal_lm import States, model_inputs, next_labels
+from kdfast.lm_loss import LanguageLoss, logits_of, plain_loss
 from kdfast.lm_report import OURS, PLAIN
 from kdfast.metrics.memory import peak_memory
-from kdfast.train.language import LanguageLoss, logits_of, plain_loss
 
 ROUNDS = 7
 AGREE = 2e-2  # relative; the plain form rounds to the models' own dtype

@@ -26,21 +26,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, RandomSampler
 
 from kdfast import __version__, backend_info
-from kdfast._extras import needs
+from kdfast._extras import needs, processes
 from kdfast._files import write_text
 from kdfast.data.stdlib_text import corpus_identity, split_of, stdlib_text, train_tokenizer
 from kdfast.data.teacher_cache import TeacherCache, cache_teacher
-from kdfast.data.teacher_cache.store import processes
 from kdfast.data.text import collate_rows, load_text, load_tokenizer, token_rows, tokenizer_fingerprint
 from kdfast.experiment import claim, commit, joined, once
 from kdfast.lm_cost import compare_cost
+from kdfast.lm_loss import LanguageLoss
 from kdfast.lm_report import comparisons, draw, markdown
 from kdfast.metrics.comparison import summary
 from kdfast.metrics.language import Windows, bits_per_byte, windows_of
 from kdfast.ops.divergence import KINDS
 from kdfast.ops.sparse_divergence import SPARSE_KINDS, TopKTeacher
 from kdfast.train import Distiller
-from kdfast.train.language import LanguageLoss
 
 TEACHER = {
     "hidden_size": 128,

@@ -19,8 +19,8 @@ from kdfast.experiment import once
 from kdfast.integrations.causal_lm import next_labels
 from kdfast.lm_cost import compare_cost
 from kdfast.lm_experiment import Job, Settings, run
+from kdfast.lm_loss import LanguageLoss, head_cross_entropy, plain_loss
 from kdfast.methods import Context
-from kdfast.train.language import LanguageLoss, head_cross_entropy, plain_loss
 
 SMALL = Settings(
     arms=("ce", "js", "forward_kl", "topk_forward_kl"), steps=4, teacher_steps=6, batch_size=2, length=16, eval_every=2, top_k=8,
@@ -216,7 +216,7 @@ def test_our_loss_is_the_plain_one_with_the_gradient_of_every_parameter():
 def test_labels_alone_are_cross_entropy_of_the_next_token(rows, monkeypatch):
     """In one chunk, and in chunks of 3 rows."""
     student, _, batch = models_and_batch()
-    monkeypatch.setattr("kdfast.train.language.LOGIT_BYTES", 4 * 300 * rows)
+    monkeypatch.setattr("kdfast.lm_loss.LOGIT_BYTES", 4 * 300 * rows)
     method = LanguageLoss(None)
     loss = method(Context(method.student_forward(student, batch), None, None, batch)).loss
     logits = student(batch["input_ids"]).logits

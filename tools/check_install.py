@@ -83,7 +83,9 @@ def names(wheel: Path) -> list[str]:
 
 def isolated() -> str:
     """pip makes the build environment itself: no torch in it, and a core that needs nothing of torch or OpenMP."""
-    log = output(pip("wheel", ".", "--no-deps", "-v", "-w", str(OUT / "wheel"), KDFAST_CORE="1", KDFAST_CMAKE_ARGS=UNOPTIMISED))
+    log = output(
+        pip("wheel", ".", "--no-deps", "-v", "-w", str(OUT / "wheel"), KDFAST_CORE="1", KDFAST_CMAKE_ARGS=UNOPTIMISED)
+    )
     installed = {
         name.rsplit("-", 1)[0] for line in re.findall(r"Successfully installed (.*)", log) for name in line.split()
     }

@@ -4,7 +4,6 @@
 #include "isa.h"
 #include "logits.h"
 
-#define KD_INLINE static inline __attribute__((always_inline))
 #include "divergence_terms.h"
 
 namespace kdfast {

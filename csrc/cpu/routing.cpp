@@ -5,6 +5,7 @@
 #include "cpu/stage.h"
 #include "memory.h"
 #include "parallel.h"
+#include "routing_terms.h"
 
 namespace kdfast {
 namespace KD_ISA {
@@ -41,19 +42,35 @@ static void load_row(const ScoreCall& call, int64_t row, T* out) {
   load_logits(logits, row * call.row_stride, call.expert_stride, call.experts, out);
 }
 
-// log of the score, from z and the row's log-sum-exp.
+// The number types of routing_terms.h here: a vector, and a single value.
 template <class T>
-KD_INLINE Vec<T> log_score(Score score, Vec<T> z, T lse) {
-  const Vec<T> zero = splat<T>(0);
-  if (score == Score::sigmoid) return vmin(z, zero) - vlog1p<T>(vexp<T>(-vabs<T>(z)));
-  if (score == Score::sqrt_softplus) {
-    // log log(1 + e^z) is z to the last bit below -37, where log1p would underflow
-    const Vec<T> softplus = vmax(z, zero) + vlog1p<T>(vexp<T>(-vabs<T>(z)));
-    const Vec<T> safe = z < T(-37) ? splat<T>(1) : softplus;
-    return T(0.5) * (z < T(-37) ? z : vlog<T>(safe));
+struct VectorOps {
+  using N = Vec<T>;
+  KD_INLINE N set(double value) { return splat<T>(T(value)); }
+  template <class M>
+  KD_INLINE N select(M mask, N a, N b) {
+    return mask ? a : b;
   }
-  return score == Score::softmax ? z - lse : z;
-}
+  KD_INLINE N abs(N a) { return vabs<T>(a); }
+  KD_INLINE N min(N a, N b) { return vmin(a, b); }
+  KD_INLINE N max(N a, N b) { return vmax(a, b); }
+  KD_INLINE N exp(N a) { return vexp<T>(a); }
+  KD_INLINE N log(N a) { return vlog<T>(a); }
+  KD_INLINE N log1p(N a) { return vlog1p<T>(a); }
+  KD_INLINE N sqrt(N a) {
+    for (int lane = 0; lane < kWidth<T>; ++lane) a[lane] = T(__builtin_sqrt(double(a[lane])));
+    return a;
+  }
+};
+struct ScalarOps {
+  using N = double;
+  KD_INLINE N set(double value) { return value; }
+  KD_INLINE N select(bool mask, N a, N b) { return mask ? a : b; }
+  KD_INLINE N abs(N a) { return __builtin_fabs(a); }
+  KD_INLINE N max(N a, N b) { return a > b ? a : b; }
+  KD_INLINE N exp(N a) { return __builtin_exp(a); }
+  KD_INLINE N log1p(N a) { return __builtin_log1p(a); }
+};
 
 // What the choice goes by: the score itself (softmax: p) plus the bias; -inf stays -inf.
 template <class T>
@@ -62,19 +79,8 @@ KD_INLINE void selection_scores(const ScoreCall& call, const T* z, const T* p, T
   const T* bias = static_cast<const T*>(call.bias);
   const Vec<T> none = splat<T>(-T(kInf));
   for (int64_t i = 0; i < call.experts; i += W) {
-    const Vec<T> zi = load(z + i);
-    Vec<T> s = zi;
-    if (call.score == Score::softmax) {
-      s = load(p + i);
-    } else if (call.score == Score::sigmoid) {
-      const Vec<T> t = vexp<T>(-vabs<T>(zi));
-      s = (zi < T(0) ? t : splat<T>(1)) / (t + T(1));
-    } else if (call.score == Score::sqrt_softplus) {
-      s = vmax(zi, splat<T>(0)) + vlog1p<T>(vexp<T>(-vabs<T>(zi)));
-      for (int lane = 0; lane < W; ++lane) s[lane] = T(__builtin_sqrt(double(s[lane])));
-    }
-    s = zi == none ? none : s;
-    store(out + i, s);
+    const Vec<T> zi = load(z + i), s = selection_score<VectorOps<T>>(call.score, zi, load(p + i));
+    store(out + i, zi == none ? none : s);
   }
   if (bias) {
     for (int64_t i = 0; i < call.experts; ++i) out[i] += bias[i];
@@ -158,7 +164,7 @@ static void chosen_log_scores(const ScoreCall& call, int64_t row, const int32_t*
   constexpr int W = kWidth<T>;
   for (int64_t j = 0; j < alive; ++j) out[j] = logit_at<T>(call, row, ids[j]);
   for (int64_t j = alive; j % W; ++j) out[j] = 0;
-  for (int64_t i = 0; i < alive; i += W) store(out + i, log_score<T>(call.score, load(out + i), lse));
+  for (int64_t i = 0; i < alive; i += W) store(out + i, log_score<VectorOps<T>>(call.score, load(out + i), splat<T>(lse)));
 }
 
 template <class T>
@@ -257,12 +263,8 @@ static void backward_row(const ScoreCall& call, int64_t row, Scratch<T>& s) {
     for (int64_t j = 0; j < alive; ++j) {
       double d = double(w[j]) * double(dw[j]) - (normed ? double(pi[j]) * double(share) * inner : 0);
       total += d;
-      if (call.score == Score::sigmoid) {
-        d /= 1 + __builtin_exp(double(logit_at<T>(call, row, ids[j])));
-      } else if (call.score == Score::sqrt_softplus) {
-        // d log s / dz = sigmoid(z) / (2 softplus(z)): 1/2 far below zero
-        const double z = double(logit_at<T>(call, row, ids[j])), t = __builtin_exp(-z);
-        d *= z < -37 ? 0.5 : 0.5 / (1 + t) / (z > 37 ? z : __builtin_log1p(__builtin_exp(z)));
+      if (call.score == Score::sigmoid || call.score == Score::sqrt_softplus) {
+        d *= log_score_slope<ScalarOps>(call.score, double(logit_at<T>(call, row, ids[j])));
       }
       dl[j] = T(d);
     }

@@ -20,7 +20,7 @@
 #define KD_VECTOR_BYTES 16
 #endif
 
-#define KD_INLINE static inline __attribute__((always_inline))
+#include "inline.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to functions that are always inlined
 

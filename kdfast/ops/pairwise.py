@@ -67,7 +67,7 @@ def pairwise_infonce_reference(
     denominator = scores
     if exclude_self:
         denominator = torch.where(own.unsqueeze(1) == torch.arange(len(y), device=y.device), -torch.inf, scores)
-    index = own if positive is None else positive.long().contiguous()
+    index = own if positive is None else positive.long()
     return denominator.logsumexp(-1) - scores.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
@@ -182,6 +182,7 @@ def rows_by_blocks(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows, log-sum-exps and, if asked for, dl_i/dx_i: forward of the fused backends."""
+    positive = positive.contiguous()  # read flat
     lse, rows = x.new_empty(len(x)), x.new_empty(len(x))
     unit = x.new_empty(x.shape if need_x else (0,))
     for start, stop, scores in _score_blocks(x, y, block_bytes):
@@ -197,7 +198,7 @@ def backward_by_blocks(
     scale: float, exclude_self: bool,
 ) -> Tensor:  # fmt: skip
     """dl/dy from the scores, made again: backward of the fused backends."""
-    grad_rows = grad_rows.contiguous()
+    grad_rows, positive = grad_rows.contiguous(), positive.contiguous()
     grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format)
     for start, stop, scores in _score_blocks(x, y, block_bytes):
         here = slice(start, stop)
@@ -343,7 +344,7 @@ def pairwise_infonce(
             x, y, tau=tau, similarity=similarity, positive=positive, exclude_self=exclude_self
         )
     x, y = _operands(x, y, similarity)
-    positive = torch.arange(len(x), device=x.device) if positive is None else positive.long().contiguous()
+    positive = torch.arange(len(x), device=x.device) if positive is None else positive.long()
     need_x = torch.is_grad_enabled() and (x.requires_grad or transforms_active())
     return _infonce(x, y, positive, 1.0 / tau, exclude_self, need_x)[0]
 

@@ -127,12 +127,11 @@ def infonce_rows(
     x: Tensor, y: Tensor, positive: Tensor, scale: float, exclude_self: bool, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """kdfast::infonce_rows: rows, log-sum-exps and dl_i/dx_i, with the scores of a block of rows at a time."""
-    return op.rows_by_blocks(_contrast, _block_bytes(y), x, y, positive.contiguous(), scale, exclude_self, need_x)
+    return op.rows_by_blocks(_contrast, _block_bytes(y), x, y, positive, scale, exclude_self, need_x)
 
 
 def infonce_rows_backward(
     grad_rows: Tensor, x: Tensor, y: Tensor, positive: Tensor, lse: Tensor, scale: float, exclude_self: bool
 ) -> Tensor:
     """kdfast::infonce_rows_backward: dl/dy, blocks of rows added in order."""
-    positive = positive.contiguous()
     return op.backward_by_blocks(_contrast, _block_bytes(y), grad_rows, x, y, positive, lse, scale, exclude_self)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from kdfast._checks import check_choice, check_int
+from kdfast._extras import processes
 from kdfast.data.teacher_cache.store import (
     SHARD_BYTES,
     CacheError,
@@ -20,7 +21,6 @@ from kdfast.data.teacher_cache.store import (
     Shards,
     check_space,
     fill,
-    processes,
     weights_fingerprint,
 )
 from kdfast.nn.capture import capture_outputs

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kdfast._checks import check_choice, check_int, check_number
-from kdfast._extras import needs
+from kdfast._extras import needs, processes
 from kdfast.data.teacher_cache.lists import FORMS, has_list, list_bytes, pack_lists, top_k_lists
 from kdfast.data.teacher_cache.reader import KIND, TeacherCache
-from kdfast.data.teacher_cache.store import SHARD_BYTES, Progress, check_space, fill, processes, weights_fingerprint
+from kdfast.data.teacher_cache.store import SHARD_BYTES, Progress, check_space, fill, weights_fingerprint
 from kdfast.data.text import IGNORE, TokenRows, collate_rows, load_tokenizer, token_rows, tokenizer_fingerprint
 from kdfast.nn.causal_lm import Reader, States
 from kdfast.nn.modes import evaluating

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kdfast import __version__
-from kdfast._extras import needs
+from kdfast._extras import needs, processes
 from kdfast._files import write_bytes, write_text
 
 FORMAT, VERSION, MANIFEST = "kdfast teacher cache", 1, "manifest.json"
@@ -84,13 +84,6 @@ def fill(
     if state.is_main_process:
         finish(folder, stored, summary)
     state.wait_for_everyone()
-
-
-def processes() -> Any:
-    """accelerate's state of this process. By itself it takes several processes without a GPU for one each."""
-    accelerate = needs("accelerate", "train")
-    on_cpu = accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return accelerate.PartialState(cpu=on_cpu)
 
 
 def begin(folder: Path, manifest: dict[str, Any], write: bool) -> dict[str, Any]:
