@@ -7,28 +7,33 @@ VENV ?= .venv
 # and plain pip take them wherever nvcc works. KDFAST_CUDA_ARCHS="90": for these GPUs alone.
 KDFAST_CUDA ?= 0
 
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 TESTS := $(VENV)/.tests
 # Development targets use the active environment if there is one.
 ACTIVE := $(if $(VIRTUAL_ENV),python,$(BIN)/python)
+export PATH := $(if $(VIRTUAL_ENV),,$(BIN):)$(PATH)
+PIP = $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check "$(TORCH)"
+# Prints the requirements that pyproject.toml has under the keys that follow.
+REQUIRED := import functools, sys, tomllib; t = tomllib.load(open("pyproject.toml", "rb")); \
+  print(*(line for key in sys.argv[1:] for line in functools.reduce(dict.get, key.split("."), t)), sep="\n")
 
 .PHONY: demo distill-lm test test-isa test-triton triton-table cuda cuda-table sanitize lint check-install wheel bench experiments method-costs methods-page leaderboard core clean
 
-# The environment of the main job: an editable install with the compiled core next to the sources, again when sources of the core
-# change; pip takes the build tools into an environment of its own.
+# The environment of the main job: an editable install, and the compiled core next to the sources, built in the environment's own
+# folder, so that a change of the core's sources compiles only what it touches.
 $(READY): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check "$(TORCH)"
-	KDFAST_CORE=1 KDFAST_CUDA=$(KDFAST_CUDA) $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -e ".[train]"
+	$(BIN)/python -c '$(REQUIRED)' build-system.requires > $(VENV)/build.txt
+	$(PIP) -r $(VENV)/build.txt
+	KDFAST_CORE=0 $(PIP) --no-build-isolation -e ".[train]"
+	$(MAKE) --no-print-directory core VIRTUAL_ENV= DEV=$(VENV)/core
 	touch $@
 
-# What tests and linters need besides: the other extras of pyproject.toml, without building the core again.
-EXTRAS := import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-  print(*(line for name in ("hf", "trainers", "test", "lint") for line in extras[name]), sep="\n")
+# What tests and linters need besides.
 $(TESTS): $(READY)
-	$(BIN)/python -c '$(EXTRAS)' > $(VENV)/tests.txt
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check "$(TORCH)" -r $(VENV)/tests.txt
+	$(BIN)/python -c '$(REQUIRED)' $(addprefix project.optional-dependencies.,hf trainers test lint) > $(VENV)/tests.txt
+	$(PIP) -r $(VENV)/tests.txt
 	touch $@
 
 # The main job: trains a teacher, then students with labels alone, with plain KD and with the method, over 5 seeds.
@@ -78,10 +83,8 @@ triton-table: $(if $(VIRTUAL_ENV),,$(TESTS))
 # The package is a folder of links to the sources beside the sanitized core, found first through PYTHONPATH.
 SANITIZED := $(CURDIR)/build/sanitize/package
 sanitize: $(TESTS)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "pybind11>=2.13" "cmake>=3.24" ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -DKDFAST_SANITIZE=ON -DKDFAST_CUDA=0 -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	  -Dpybind11_DIR=$$($(BIN)/python -c 'import pybind11; print(pybind11.get_cmake_dir())') > /dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	PATH="$(BIN):$$PATH" $(call CONFIGURE,build/sanitize,$(BIN)/python) -DKDFAST_SANITIZE=ON -DKDFAST_CUDA=0 > /dev/null
+	$(BIN)/cmake --build build/sanitize
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/kdfast && ln -s $(CURDIR)/kdfast/* $(SANITIZED)/kdfast/ && rm -f $(SANITIZED)/kdfast/_C*
 	cp build/sanitize/_C*.so $(SANITIZED)/kdfast/
 	PYTHONPATH=$(SANITIZED) KDFAST_EXPECT_CORE=$(SANITIZED) HYPOTHESIS_PROFILE=dev \
@@ -125,19 +128,19 @@ leaderboard: $(if $(VIRTUAL_ENV),,$(READY))
 
 # The compiled core, built in DEV, incremental: for development (needs pybind11, cmake and ninja) ...
 DEV ?= build/dev
-CONFIGURE = cmake -S . -B $(DEV) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$(command -v $(ACTIVE)) \
-	  -Dpybind11_DIR=$$($(ACTIVE) -c 'import pybind11; print(pybind11.get_cmake_dir())') $(CMAKE_ARGS)
+CONFIGURE = cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$(command -v $(2)) \
+	  -Dpybind11_DIR=$$($(2) -c 'import pybind11; print(pybind11.get_cmake_dir())') $(CMAKE_ARGS)
 
 # ... and put next to the Python sources.
 core:
-	$(CONFIGURE) -DKDFAST_CUDA=$(KDFAST_CUDA) -DKDFAST_CUDA_ARCHS="$(KDFAST_CUDA_ARCHS)" > /dev/null
+	$(call CONFIGURE,$(DEV),$(ACTIVE)) -DKDFAST_CUDA=$(KDFAST_CUDA) -DKDFAST_CUDA_ARCHS="$(KDFAST_CUDA_ARCHS)" > /dev/null
 	cmake --build $(DEV)
 	cp $(DEV)/_C*.so kdfast/
 
 # The CUDA kernels without a GPU: compiled for sm_90 alone into a core of its own (build/cuda, over the objects of `make core`),
 # which must load without a driver, need no CUDA library, and use no more registers than benchmarks/results/cuda/registers.json.
 cuda:
-	$(CONFIGURE) -DKDFAST_CUDA=1 -DKDFAST_CUDA_ARCHS=90 > /dev/null
+	$(call CONFIGURE,$(DEV),$(ACTIVE)) -DKDFAST_CUDA=1 -DKDFAST_CUDA_ARCHS=90 > /dev/null
 	cmake --build $(DEV)
 	mkdir -p build/cuda && cp $(DEV)/_C*.so build/cuda/
 	$(ACTIVE) tools/check_core.py build/cuda/_C*.so $(DEV)

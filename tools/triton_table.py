@@ -329,8 +329,8 @@ in bfloat16 with widths that are multiples of 8; what it cannot take runs the re
 `sinkhorn` and `sinkhorn_cost` solve a problem of up to 16384 entries (4096 in float64; sides rounded up to powers of two) in one
 launch, and differentiate it in one, several tiny problems to a program: the cost is read twice, whatever n_iters is. Half-steps are
 products with exp(-C / epsilon + references) in registers; an iteration whose potentials leave the references' range is done with
-exponentials and a maximum. From 64 x 128 on registers spill on sm_90 (up to 88 bytes of a thread there, 376 at 128 x 128, none
-below): one launch with spills instead of 2 n_iters without. Larger problems take two launches an iteration, each a read of the cost, which stays in L2 up to some 20 MB; the
+exponentials and a maximum. From 64 x 128 on registers spill on sm_90 (up to 88 bytes of a thread there, 376 at 128 x 128), and below it where a gradient
+comes through the plan at 64 x 64 (16 bytes) or in float64 (about 250): one launch with spills instead of 2 n_iters without. Larger problems take two launches an iteration, each a read of the cost, which stays in L2 up to some 20 MB; the
 reverse as many, and one that makes the cost's gradient from the n_iters (N + M) numbers that arrive at the half-steps. `tol`
 freezes problems on the device: their programs return at once. `sinkhorn_kd_loss` is one op, softened rows, `pairwise_cost`, transport
 and back. `update="average"`, `reg_type="kl"` and an epsilon per iteration run the reference, which says so.
