@@ -17,11 +17,13 @@ RUNS = Path(__file__).resolve().parents[2] / "runs" / "experiments"  # finished 
 Claims = Sequence[tuple[str, str]]  # (arm, against)
 
 
-def stored(out: Path, seeds: int) -> dict[str, Any] | None:
-    """The results in `out` if they have as many seeds, else None."""
+def stored(out: Path, wanted: Mapping[str, int] | int) -> dict[str, Any] | None:
+    """The results in `out` if they have as many seeds (of each task: {task: seeds}), else None."""
     results = json.loads(out.read_text()) if out.exists() else {}
-    found = list(results["data"].values()) if "data" in results else [results] if results else []
-    return results if found and all(len(one["seeds"]) >= seeds for one in found) else None
+    found = results.get("data", {}) if not isinstance(wanted, int) else {"": results} if results else {}
+    wanted = {"": wanted} if isinstance(wanted, int) else wanted
+    enough = all(name in found and len(found[name]["seeds"]) >= seeds for name, seeds in wanted.items())
+    return results if enough else None
 
 
 def run_task(
@@ -94,7 +96,7 @@ def run_tasks(
     there already is returned as it stands.
     """
     wanted = {task.name: seeds if isinstance(seeds, int) else seeds[task.name] for task in tasks}
-    if (found := stored(out, min(wanted.values()))) is not None and wanted.keys() <= found["data"].keys():
+    if (found := stored(out, wanted)) is not None:
         return found
     data = {}
     for task in tasks:

@@ -1,7 +1,7 @@
 """MST-Distill on digits: is a teacher picked for each sample better than one teacher for all?
 
 The student, an MLP 32-64-64-10, sees the right half of the image with much noise; one teacher sees both halves, one the left half alone.
-210 AdamW steps of 128 together, 70 for the four masks, 420 of the student (the published stages of one epoch at 1e-4 train nothing at this
+420 AdamW steps of 64 together, 140 for the four masks, 840 of the student (the published stages of one epoch at 1e-4 train nothing at this
 size). Arms: labels alone; KD from each teacher; from the mean of the four masked variants; MST-Distill with the published gate, which
 learns from the balance alone, and with a gate that learns from the distillation too (weighted, two teachers a sample: of one alone it would learn nothing). The claims to look at: MST-Distill not below
 labels alone, nor below the worse of the two single teachers. How often each variant is chosen is reported.

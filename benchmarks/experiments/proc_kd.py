@@ -9,6 +9,7 @@ ProC-KD a third of the student's steps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ ARMS = (
     Arm("prototypes 1", "proc_kd", {"num_prototypes": 1, "prototype_steps": STAGE1}),
     Arm("prototypes 8", "proc_kd", {"num_prototypes": 8, "prototype_steps": STAGE1}),
 )
+SEEDS = {"other_digits": 10, "digit_quadrants": 5}
 CLAIMS = (("prototypes 8", "ce"), ("prototypes 8", "prototypes 1"), ("prototypes 8", "linear"), ("linear", "ce"))
 
 
 def run(
-    out: Path, *, seeds: int = 3, steps: int | None = None, tasks: list[Task] | None = None, work: Path | None = None
-) -> dict[str, Any]:
+    out: Path, *, seeds: int | Mapping[str, int] = SEEDS, steps: int | None = None, tasks: list[Task] | None = None,
+    work: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Both targets."""
     tasks = tasks or [other_digits_task(), digit_quadrants_task()]
     said = partial(sentences, claims=CLAIMS)

@@ -40,16 +40,16 @@ def networks() -> tuple[nn.Module, nn.Module, nn.Module]:
 
 
 def two_view_digits_task() -> Task:
-    """30 epochs together, 10 of the masks, 60 of the student, of 7 steps each."""
+    """30 epochs together, 10 of the masks, 60 of the student, of 14 steps each."""
     return Task(
         name="two_view_digits",
         title="handwritten digits (scikit-learn): the student sees the right half with noise, its teachers the left half or both",
         splits=two_view_splits,
-        sizes={"classes": CLASSES, "stage1_steps": 210, "stage2_steps": 70, "epochs": 60},
+        sizes={"classes": CLASSES, "stage1_steps": 420, "stage2_steps": 140, "epochs": 60},
         classes=CLASSES,
-        steps=700,
-        eval_every=70,
-        batch_size=128,
+        steps=1400,
+        eval_every=140,
+        batch_size=64,
         lr=1e-3,
         threads=1,
     )
