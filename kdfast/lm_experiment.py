@@ -4,6 +4,8 @@ Without names it needs no network: a small teacher is trained on the sources of 
 Every finished piece is a file in `out`, and a piece that was stopped goes on from its last checkpoint. One teacher, its cache and the
 text are shared by all arms; a seed is initial weights and order of batches, the same for every arm. The score is bits per byte of
 text that no model was trained on (`kdfast.metrics.language`).
+
+Of a text with more rows than a student's steps take, as many are chosen, once for all arms and seeds: they are what the cache holds.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,14 +25,23 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, Sampler
 
 from kdfast import __version__, backend_info
 from kdfast._extras import needs, processes
 from kdfast._files import write_text
 from kdfast.data.stdlib_text import corpus_identity, split_of, stdlib_text, train_tokenizer
 from kdfast.data.teacher_cache import TeacherCache, cache_teacher
-from kdfast.data.text import collate_rows, load_text, load_tokenizer, token_rows, tokenizer_fingerprint
+from kdfast.data.text import (
+    TokenRows,
+    collate_rows,
+    differing_tokens,
+    load_text,
+    load_tokenizer,
+    name_tokens,
+    token_rows,
+    vocabulary,
+)
 from kdfast.experiment import claim, commit, joined, once
 from kdfast.lm_cost import compare_cost
 from kdfast.lm_loss import LanguageLoss
@@ -184,25 +195,48 @@ class Job:
     def tokenizer(self) -> Any:
         s = self.settings
         if s.teacher is not None:
-            tokenizer = load_tokenizer(s.teacher)
-            if s.student is not None and tokenizer_fingerprint(load_tokenizer(s.student)) != tokenizer_fingerprint(
-                tokenizer
-            ):
-                raise ValueError(
-                    f"student: {s.student} has another tokenizer than {s.teacher}; their tokens cannot be compared one by one"
-                )
-            return tokenizer
+            _ = self.agreed
+            return load_tokenizer(s.teacher)
         folder = self.out / "tokenizer"
         if not (folder / "tokenizer_config.json").exists():
             train_tokenizer(self.documents["teacher"], s.vocab_size).save_pretrained(folder)
         return load_tokenizer(folder)
 
-    def rows(self, part: str) -> Any:
+    @cached_property
+    def agreed(self) -> int | None:
+        """Student and teacher mean the same tokens by the first so many ids; None: by all.
+
+        What the student alone has after the teacher's ids is in no text here, which the teacher's tokenizer has read.
+        """
+        s = self.settings
+        if s.student is None or s.teacher is None:
+            return None
+        ours, theirs = load_tokenizer(s.student), load_tokenizer(s.teacher)
+        differing = differing_tokens(ours, theirs)
+        if not differing:
+            return None
+        first = min(differing)
+        if first <= vocabulary(theirs)[-1][0]:
+            raise ValueError(
+                f"student: {s.student} has another tokenizer than {s.teacher}, here and there {name_tokens(differing)}; "
+                "their tokens cannot be compared one by one"
+            )
+        return first
+
+    def rows(self, part: str) -> TokenRows:
         return token_rows(self.documents[part], self.tokenizer, max_length=self.settings.length, packing=True)
 
     @cached_property
-    def student_rows(self) -> Any:
-        return self.rows("student")
+    def student_rows(self) -> TokenRows:
+        """What every student reads and the cache holds: all rows, or as many as the steps take."""
+        rows, s = self.rows("student"), self.settings
+        epochs, per_epoch = _epochs(s.steps, s.eval_every)
+        wanted = epochs * per_epoch * s.batch_size
+        if wanted >= len(rows):
+            return rows
+        # of no seed: more seeds in the same folder go on with the same cache
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:wanted].sort().values
+        return TokenRows(rows.table.select(chosen.tolist()))
 
     @cached_property
     def validation(self) -> Windows:
@@ -261,10 +295,11 @@ class Job:
             vocab_size=self.classes(self.student(0)), batch_size=s.batch_size, on_progress=lambda done, total: work.append(total),
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        tokens = cache.manifest["totals"]["tokens"]
-        size = sum(file.stat().st_size for file in (self.out / "cache").iterdir())
+        totals = cache.manifest["totals"]
+        tokens = totals["tokens"]
         return {
-            "per_token": cache.top_k, "kept_mass": cache.kept_mass, "tokens": tokens, "bytes_per_token": size / tokens,
+            "per_token": cache.top_k, "kept_mass": cache.kept_mass, "rows": len(cache), "tokens": tokens,
+            "bytes_per_token": totals["bytes"] / tokens,
             "tokens_per_second": max(work, default=0) / seconds, "commit": commit(),
         }  # fmt: skip
 
@@ -310,9 +345,8 @@ class Job:
     ) -> dict[str, Any]:
         """Trains `model`, validates every `eval_every` steps, saves it as a folder of transformers."""
         s = self.settings
-        epochs = max(1, round(steps / s.eval_every))
-        per_epoch = max(1, steps // epochs)
-        sampler = RandomSampler(rows, num_samples=per_epoch * s.batch_size)
+        epochs, per_epoch = _epochs(steps, s.eval_every)
+        sampler = RunOrder(len(rows), per_epoch * s.batch_size, seed)
         loader = DataLoader(rows, s.batch_size, sampler=sampler, collate_fn=collate_rows)
         work = self.out / "runs" / name
         distiller = _Language(
@@ -340,10 +374,33 @@ class Job:
         return compare_cost(student, self.teacher, batch, self.classes(student)) | {"commit": commit()}
 
     def classes(self, student: Any, cached: bool = False) -> int:
-        """Those both models have: a head may be padded."""
+        """Those both models have and mean the same by: a head may be padded, a tokenizer have tokens added."""
         teacher: Any = None if cached else self.teacher
         known = self.cache.vocab_size if cached else teacher.get_output_embeddings().weight.shape[0]
-        return min(known, student.get_output_embeddings().weight.shape[0])
+        own = student.get_output_embeddings().weight.shape[0]
+        return min(known, own) if self.agreed is None else min(known, own, self.agreed)
+
+
+class RunOrder(Sampler[int]):
+    """Ids of `rows` rows, so many an epoch; over all epochs none comes again before every one has come. Seed and epoch decide it."""
+
+    def __init__(self, rows: int, per_epoch: int, seed: int) -> None:
+        self.rows, self.per_epoch, self.seed, self.epoch = rows, per_epoch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order: list[int] = []
+        for at in range(self.epoch * self.per_epoch, (self.epoch + 1) * self.per_epoch):
+            turn, place = divmod(at, self.rows)
+            if not order or place == 0:
+                generator = torch.Generator().manual_seed(1_000_003 * self.seed + turn)
+                order = torch.randperm(self.rows, generator=generator).tolist()
+            yield order[place]
 
 
 class _Language(Distiller):
@@ -353,6 +410,12 @@ class _Language(Distiller):
 
     def evaluate(self, loader: Any, model: nn.Module | None = None) -> dict[str, float]:
         return {"bits_per_byte": bits_per_byte(model or self.student, self.windows)}
+
+
+def _epochs(steps: int, eval_every: int) -> tuple[int, int]:
+    """(epochs, steps of each): an evaluation ends an epoch."""
+    epochs = max(1, round(steps / eval_every))
+    return epochs, max(1, steps // epochs)
 
 
 def warm_and_down(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:

@@ -151,7 +151,7 @@ def markdown(results: dict[str, Any]) -> str:
     if "cache" in results:
         cache = results["cache"]
         lines += [
-            f"The cache holds {cache['per_token']} classes a token: {100 * cache['kept_mass']:.1f} % of the teacher's mass, "
+            f"The cache holds the {cache['rows']} rows that a student reads, {cache['per_token']} classes a token: {100 * cache['kept_mass']:.1f} % of the teacher's mass, "
             f"{cache['bytes_per_token']:.0f} bytes a token, made at {cache['tokens_per_second']:.0f} tokens/s.", "",
         ]  # fmt: skip
     lines += [

@@ -15,10 +15,11 @@ pytest.importorskip("transformers")
 
 from kdfast import cli, lm_experiment, lm_report
 from kdfast.data.stdlib_text import stdlib_text
+from kdfast.data.teacher_cache import store
 from kdfast.experiment import once
 from kdfast.integrations.causal_lm import next_labels
 from kdfast.lm_cost import compare_cost
-from kdfast.lm_experiment import Job, Settings, run
+from kdfast.lm_experiment import Job, RunOrder, Settings, run
 from kdfast.lm_loss import LanguageLoss, head_cross_entropy, plain_loss
 from kdfast.methods import Context
 
@@ -144,7 +145,87 @@ def test_a_run_stopped_inside_a_piece_ends_at_the_same_numbers(finished, tmp_pat
         run(replace(settings, steps=5), seeds=1, out=tmp_path)
 
 
+# ---------------------------------------------------------------- what is read
+def test_no_row_comes_again_before_all_have_come():
+    order = RunOrder(10, 4, seed=3)
+    read = []
+    for epoch in range(5):
+        order.set_epoch(epoch)
+        read += list(order)
+        assert list(order) == read[-4:] and len(order) == 4  # as after a resume
+    assert sorted(read[:10]) == sorted(read[10:]) == list(range(10)) and read[:10] != read[10:]
+    assert list(RunOrder(10, 10, seed=4)) != list(RunOrder(10, 10, seed=3)) == read[:10]
+    assert sorted(list(RunOrder(3, 7, seed=0))[:6]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_cache_holds_what_the_students_read(finished, tmp_path, monkeypatch):
+    """A stop while it is written, more seeds later: the same 8 rows, which every student reads once."""
+    _, results = finished
+    settings = replace(SMALL, arms=("ce", "topk_forward_kl"))
+    written, write_shard = [], store._write_shard
+
+    def stopping(*arguments):
+        if len(written) == 2:
+            raise Stop
+        written.append(arguments[3])
+        write_shard(*arguments)
+
+    monkeypatch.setattr(store, "_write_shard", stopping)
+    with pytest.raises(Stop):
+        run(settings, seeds=1, out=tmp_path)
+    monkeypatch.setattr(store, "_write_shard", lambda *a: written.append(a[3]) or write_shard(*a))
+    read: dict[str, list[int]] = {}
+    original = LanguageLoss.__call__
+
+    def recording(self, context):
+        read.setdefault(f"{self.kind} {self.listed is not None}", []).extend(context.batch["row_id"].tolist())
+        return original(self, context)
+
+    monkeypatch.setattr(LanguageLoss, "__call__", recording)
+    again = run(settings, seeds=1, out=tmp_path)
+    assert sorted(set(written)) == sorted(written) and len(written) > 2  # none twice
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert manifest["rows"] == again["cache"]["rows"] == 8 == SMALL.steps * SMALL.batch_size
+    assert "The cache holds the 8 rows" in (tmp_path / "report.md").read_text()
+    assert sorted(read["forward_kl True"]) == list(range(8))
+    job = Job(settings, tmp_path)
+    whole, chosen = job.rows("student"), job.student_rows
+    assert len(whole) > 3 * len(chosen) == 24
+    texts = [row["input_ids"].tolist() for row in whole]
+    places = [texts.index(row["input_ids"].tolist()) for row in chosen]
+    assert places == sorted(set(places)) and places[-1] > len(whole) // 2  # of all of it, not the beginning
+    monkeypatch.setattr(lm_experiment, "cache_teacher", None)  # it is there
+    read.clear()
+    more = run(settings, seeds=2, out=tmp_path)
+    assert sorted(read["forward_kl True"]) == list(range(8)) and sorted(read["None False"]) == list(range(8))
+    for name in ("ce", "topk_forward_kl"):
+        assert more["arms"][name]["bits_per_byte"] == results["arms"][name]["bits_per_byte"]
+    assert len(Job(replace(settings, steps=1000), tmp_path).student_rows) == len(whole)
+
+
 # ---------------------------------------------------------------- names
+def test_a_token_added_to_the_student_is_no_class(finished, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = finished
+    for name, token in (("teacher", None), ("students/ce-0", "<new>")):
+        model, tokenizer = (kind.from_pretrained(out / name) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        model.resize_token_embeddings(328)  # padded heads
+        model.save_pretrained(tmp_path / name)
+        if token is not None:
+            tokenizer.add_tokens([token])
+        tokenizer.save_pretrained(tmp_path / name)
+    known = len(AutoTokenizer.from_pretrained(out / "teacher"))
+    settings = replace(SMALL, teacher=str(tmp_path / "teacher"), student=str(tmp_path / "students" / "ce-0"))
+    job = Job(settings, tmp_path / "run")
+    assert len(job.tokenizer) == job.agreed == known < 328 and job.classes(job.student(0)) == known
+    same = Job(replace(settings, student=settings.teacher), tmp_path / "run")
+    assert same.agreed is None and same.classes(same.student(0)) == 328
+    other = Job(replace(settings, teacher=settings.student, student=settings.teacher), tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"another tokenizer .*here and there id {known} is no token and '<new>'"):
+        other.tokenizer  # noqa: B018
+
+
 def test_models_and_data_by_name(finished, tmp_path, capsys):
     out, _ = finished
     texts = tmp_path / "texts"

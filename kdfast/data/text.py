@@ -197,11 +197,27 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
 
     tokenizer: of transformers or tokenizers, a mapping {token: id}, or None, whose fingerprint is None.
     """
-    if tokenizer is None:
-        return None
-    vocabulary = tokenizer if isinstance(tokenizer, Mapping) else tokenizer.get_vocab()
-    pairs = sorted((int(index), token) for token, index in vocabulary.items())
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    return None if tokenizer is None else hashlib.sha256(json.dumps(vocabulary(tokenizer)).encode()).hexdigest()
+
+
+def vocabulary(tokenizer: Any) -> list[tuple[int, str]]:
+    """(id, token) of a tokenizer of transformers or of tokenizers, or of a mapping {token: id}, added tokens included, by id."""
+    known = tokenizer if isinstance(tokenizer, Mapping) else tokenizer.get_vocab()
+    return sorted((int(index), token) for token, index in known.items())
+
+
+def differing_tokens(ours: Any, theirs: Any) -> dict[int, tuple[str | None, str | None]]:
+    """{id: (its token in ours, in theirs)}, ascending, for ids that do not mean the same; None: the id is no token there."""
+    pairs = vocabulary(ours), vocabulary(theirs)
+    a, b = (dict(side) for side in pairs)
+    return {index: (a.get(index), b.get(index)) for index in sorted({i for i, _ in set(pairs[0]) ^ set(pairs[1])})}
+
+
+def name_tokens(differing: Mapping[int, tuple[str | None, str | None]]) -> str:
+    """The first three of `differing_tokens` in words, and how many there are."""
+    said = [" and ".join("no token" if token is None else repr(token) for token in two) for two in differing.values()]
+    some = "; ".join(f"id {index} is {words}" for index, words in zip(differing, said[:3]))
+    return some if len(said) <= 3 else f"{some}; {len(said)} ids in all"
 
 
 # ---------------------------------------------------------------- pieces

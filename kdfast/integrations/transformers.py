@@ -25,6 +25,7 @@ except ImportError as error:
         f"kdfast.integrations.transformers needs the 'hf' extra ({error}): pip install 'kdfast[train,hf]'"
     ) from error
 
+from kdfast.data.text import differing_tokens, name_tokens
 from kdfast.integrations.causal_lm import IGNORE, TARGETS, CausalLMLoss, States, model_inputs, next_labels, through
 from kdfast.integrations.on_policy import sampled_batch
 from kdfast.integrations.sharding import shard_like_student
@@ -89,8 +90,8 @@ class KDTrainer(Trainer):
         teacher_model: the teacher, instead of `args.teacher_model`; frozen, on the student's device, sharded with FSDP if it is.
         teacher_cache: a `TeacherCache` or its folder, instead of `args.teacher_cache`. Without a train_dataset its rows are trained on;
             batches of another hold `row_id`, and are padded on the right.
-        teacher_processing_class: the teacher's tokenizer, checked to mean the same tokens as `processing_class`. With a teacher
-            given by name it is loaded.
+        teacher_processing_class: the teacher's tokenizer, checked to mean the same tokens as `processing_class` by the first
+            `vocab_size` ids (None: by all). With a teacher given by name it is loaded.
         Others: as in Trainer.
     Raises:
         ValueError: no teacher or two, or the student itself; vocabularies of two sizes without `vocab_size` or a tokenizer that says where they agree;
@@ -184,7 +185,7 @@ class KDTrainer(Trainer):
             return classes
         sizes: Any = [head_size(model) for model in (self.model, teacher)]
         if tokenizer is not None and teacher_tokenizer is not None:
-            check_same_tokens(tokenizer, teacher_tokenizer)
+            check_same_tokens(tokenizer, teacher_tokenizer, classes)
         if classes is not None or None in sizes or sizes[0] == sizes[1]:
             return classes
         if tokenizer is None or len(tokenizer) > min(sizes):
@@ -346,13 +347,25 @@ def head_size(model: Any) -> int | None:
     return None if weight is None else weight.shape[0]
 
 
-def check_same_tokens(tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """A divergence compares class i with class i: the same id has to be the same token."""
-    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    other = {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)}
-    if other:
-        some = ", ".join(repr(token) for token in sorted(other)[:3])
-        raise ValueError(
-            f"teacher_processing_class: expected the tokens of processing_class, got {len(other)} that differ ({some}); "
-            "kdfast.losses.uld_loss compares models with two tokenizers"
-        )
+def check_same_tokens(tokenizer: Any, teacher_tokenizer: Any, classes: int | None = None) -> None:
+    """A divergence compares class i with class i: of the first `classes` ids (None: of all) the same one has to be the same token.
+
+    Tokens added to one of the two differ at the end; the error says which `vocab_size` leaves them out. That is not done unasked,
+    since such a token could not be a label then.
+    """
+    differing = differing_tokens(tokenizer, teacher_tokenizer)
+    if classes is not None:
+        differing = {index: tokens for index, tokens in differing.items() if index < classes}
+    if not differing:
+        return
+    first = min(differing)
+    added: list[dict[str, int]] = [getattr(one, "get_added_vocab", dict)() for one in (tokenizer, teacher_tokenizer)]
+    one_sided = all(
+        sum(token is not None for token in two) == 1 and all(t is None or t in known for t, known in zip(two, added))
+        for two in differing.values()
+    )
+    way = f"vocab_size={first} leaves the added ones out, which then cannot be labels; " if one_sided else ""
+    raise ValueError(
+        f"teacher_processing_class: expected the tokens of processing_class, got {len(differing)} that differ, here and there "
+        f"{name_tokens(differing)}; {way}kdfast.losses.uld_loss compares models with two tokenizers"
+    )

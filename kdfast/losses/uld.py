@@ -40,9 +40,12 @@ def uld_loss(
     Args:
         student: logits [..., V]. teacher: logits [..., V'], detached: rows beside each other predict from the same text, as
             `kdfast.data.alignment.aligned_rows` pairs them.
-        temperature: T. teacher_temperature: T', None: T. mask, weight, reduction: as in `divergence_loss`.
+        temperature: T > 0. teacher_temperature: T' > 0, None: T. top_k: >= 1. mask, weight, reduction: as in `divergence_loss`.
     Returns:
-        float32 (float64 for float64 logits). Differentiable once, in the student.
+        float32 (float64 for float64 logits). Differentiable once, in the student. A row of only -inf on either side is 0 with zero
+        gradient; NaN and +inf give NaN.
+    Raises:
+        ValueError: bad options, no class, rows or devices that do not fit. TypeError: logits that are no floats.
 
     >>> loss = uld_loss(torch.randn(4, 10, requires_grad=True), torch.randn(4, 7))
     """
@@ -74,7 +77,13 @@ def uld_rows_reference(student: Tensor, teacher: Tensor, temperature: float, tea
     p = (student.to(dtype) / temperature).softmax(-1).sort(-1, descending=True).values
     q = (teacher.to(dtype) / teacher_temperature).softmax(-1).sort(-1, descending=True).values
     width = max(p.shape[-1], q.shape[-1])
-    return (F.pad(p, (0, width - p.shape[-1])) - F.pad(q, (0, width - q.shape[-1]))).abs().sum(-1)
+    rows = (F.pad(p, (0, width - p.shape[-1])) - F.pad(q, (0, width - q.shape[-1]))).abs().sum(-1)
+    return rows.masked_fill(_empty(student) | _empty(teacher), 0.0)
+
+
+def _empty(logits: Tensor) -> Tensor:
+    """Rows without a distribution."""
+    return logits.amax(-1) == -torch.inf
 
 
 class _Rows(torch.autograd.Function):
@@ -96,11 +105,13 @@ class _Rows(torch.autograd.Function):
             gap = F.pad(sorted_p, (0, places - sorted_p.shape[-1])) - F.pad(sorted_q, (0, places - sorted_q.shape[-1]))
             # All further classes as one, added up where they are: 1 - sum has no digits left when there is little of them.
             rest = p.scatter(-1, order, 0.0).sum(-1) - q.scatter(-1, order_q, 0.0).sum(-1)
-            rows[part] = gap.abs().sum(-1) + rest.abs()
+            empty = _empty(student[part]) | _empty(teacher[part])
+            rows[part] = (gap.abs().sum(-1) + rest.abs()).masked_fill(empty, 0.0)
             if grad is None:
                 continue
             slope = rest.sign().unsqueeze(-1).expand_as(p).scatter(-1, order, gap[:, : order.shape[-1]].sign())
-            grad[part] = (p * (slope - (p * slope).sum(-1, keepdim=True)) / t).to(grad.dtype)
+            row_grad = p * (slope - (p * slope).sum(-1, keepdim=True)) / t
+            grad[part] = row_grad.masked_fill_(empty.unsqueeze(-1), 0.0).to(grad.dtype)
         ctx.save_for_backward(grad)
         return rows
 

@@ -125,7 +125,8 @@ def sorted_answers(
     Answer tokens (mask True) are moved to the front, zero rows follow; classes are sorted by their total mass in the batch,
     largest first, so that two vocabularies can be compared by rank; zero columns where the vocabulary is smaller.
     """
-    z = logits.to(compute_dtype(logits))
+    # other tokens' logits may be anything, and their gradient is zero
+    z = logits.to(compute_dtype(logits)).masked_fill(~mask.unsqueeze(-1), 0.0)
     z = z / (z.std(-1, keepdim=True) + std_floor)
     probs = torch.where(mask.unsqueeze(-1), torch.softmax(z / temperature, -1), 0.0)  # [B, L, V]
     front = torch.argsort(~mask, dim=1, stable=True)[:, :length]  # [B, <= length]
@@ -164,17 +165,29 @@ def multi_level_ot_loss(
     P_b, W_b: SinKD's problem between the L rows of S_b and Q_b, softmaxed once more, the teacher's as rows.
 
     Args:
-        student: logits [B, Ls, Vs]. teacher: [B, Lt, Vt], detached. Masks: [B, Ls] and [B, Lt] bool, True = answer token.
-        length: L; None takes the longest answer of either model in the batch (a device synchronisation).
+        student: logits [B, Ls, Vs]. teacher: [B, Lt, Vt], detached.
+        Masks: [B, Ls] and [B, Lt] bool, True = row of the answer. As in the code these are the rows that predict an answer token,
+            from the prompt's last one on: `kdfast.data.alignment.align_texts(...).masks`, or labels != -100 moved one to the left.
+        top_k: k >= 1. student_temperature, teacher_temperature: T_m > 0. temperature, epsilon, n_iters, scale: of SinKD's problem.
+        length: L >= 1; answers are cut there. None takes the longest of either model in the batch (a device synchronisation).
     Returns:
         LossOutput(loss, {"absolute", "logit", "sinkhorn"}), the parts without their weights.
+    Raises:
+        ValueError: an empty batch, fewer than two classes, shapes or devices that do not fit, bad options. NaN and infinite
+            logits of the answers give NaN where no compiled core reads them.
 
-    >>> loss, parts = multi_level_ot_loss(student, teacher, labels != -100, teacher_labels != -100)
+    >>> loss, parts = multi_level_ot_loss(student, teacher, *aligned.masks)
     """
     for name, logits, mask in (("student", student, student_mask), ("teacher", teacher, teacher_mask)):
         check_float_tensor(name, logits)
-        if logits.dim() != 3:
-            raise ValueError(f"{name}: expected logits [B, L, V], got shape {tuple(logits.shape)}")
+        if logits.dim() != 3 or 0 in logits.shape[:2] or logits.shape[2] < 2:
+            raise ValueError(
+                f"{name}: expected logits [B, L, V] of a sequence and two classes at least, got shape {tuple(logits.shape)}"
+            )
+        if mask.device != student.device or logits.device != student.device:
+            raise ValueError(
+                f"{name}, {name}_mask: expected them on {student.device}, got {logits.device} and {mask.device}"
+            )
         if mask.shape != logits.shape[:2] or mask.dtype != torch.bool:
             raise ValueError(
                 f"{name}_mask: expected bool {tuple(logits.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}"
@@ -182,12 +195,18 @@ def multi_level_ot_loss(
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"teacher: expected the batch of student ({student.shape[0]}), got {teacher.shape[0]}")
     check_int("top_k", top_k, low=1)
+    for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
+        check_number(name, value, low=0.0, open_low=True)
+    for name, value in (("logit_weight", logit_weight), ("sinkhorn_weight", sinkhorn_weight), ("weight", weight)):
+        check_number(name, value)
+    if length is not None:
+        check_int("length", length, low=1)
     length_s, length_t = student_mask.sum(1), teacher_mask.sum(1)  # [B]
     if length is None:
         length = max(1, int(torch.maximum(length_s, length_t).max()))
     s = sorted_answers(student, student_mask, length, top_k, temperature=student_temperature)
     q = sorted_answers(teacher.detach(), teacher_mask, length, top_k, temperature=teacher_temperature)
-    common = torch.minimum(length_s, length_t)  # [B]
+    common = torch.minimum(length_s, length_t).clamp_max(length)  # [B]
     inside = torch.arange(length, device=s.device) < common.unsqueeze(1)  # [B, L]
     distance = torch.where(inside, (s - q).abs().sum(-1), 0.0)
     absolute = (distance.sum(1) / common.clamp_min(1)).mean()

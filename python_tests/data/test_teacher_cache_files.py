@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(when, folder, whole, others):
     todo = {"begun": [0, 1, 2, 3, 4], "line": [3, 4], "end": [], "sealed": []}.get(when, [2, 3, 4])
     assert computed == todo, (when, sorted(left))
     assert bytes_of(out) == bytes_of(whole)
-    names = {"manifest.json", *(f"shard-{i:05}.safetensors" for i in range(SHARDS))}
+    names = {"manifest.json", "vocabulary.json", *(f"shard-{i:05}.safetensors" for i in range(SHARDS))}
     assert set(bytes_of(out)) == names and (left != names)
 
 
@@ -124,7 +124,14 @@ def test_a_run_with_other_settings_needs_another_folder(tmp_path):
         ),
         (llama(), rows, {"temperature": 2.0}, "temperature 1.0, this run has 2.0"),
         (llama(), rows, {"log_probs": "float16"}, "log_probs 'uint8', this run has 'float16'"),
-        (llama(), rows, {"tokenizer": tokenizer(280)}, "with tokenizer '"),
+        (llama(), rows, {"tokenizer": tokenizer(280)}, "with tokenizer '.* id 280 is no token and '.*; 20 ids in all"),
+        (
+            llama(),
+            rows,
+            {"tokenizer": added("<new>")},
+            r"tokenizer '.*\(here and there id 300 is '<new>' and no token\); a",
+        ),
+        (llama(), rows, {"tokenizer": None}, "with tokenizer '.*', this run has None; a run"),
         (llama(seed=1), rows, {}, r"with model\.weights '"),
         (llama().bfloat16(), rows, {}, r"model\.weights|model\.dtype"),
         (llama(), changed, {}, "with data '"),
@@ -266,10 +273,72 @@ def test_what_the_caller_expects_is_checked(whole, copy):
         ({"temperature": 2.0}, "temperature: .* was made with 1.0, expected 2.0"),
         ({"top_k": 64}, "top_k: .* was made with 12, expected 64"),
         ({"vocab_size": 299}, "vocab_size: .* was made with 300, expected 299"),
-        ({"tokenizer": tokenizer(280)}, "tokenizer: .* an id is another token, so the lists mean nothing to it"),
+        (
+            {"tokenizer": tokenizer(280)},
+            r"tokenizer: .* id is another token here than there \(id 280 is no token and '.*; 20 ids in all\), so the lists",
+        ),
     ):
         with pytest.raises(CacheError, match=message):
             TeacherCache(whole, **expected)
+
+
+# ---------------------------------------------------------------- tokens added to a tokenizer
+def added(*tokens, size=300):
+    from copy import deepcopy
+
+    changed = deepcopy(tokenizer(size))
+    changed.add_tokens(list(tokens))
+    return changed
+
+
+def test_a_token_added_after_caching_is_named_and_does_no_harm(whole, caplog):
+    """No row and no list holds it: id 300 of a cache of 300 classes."""
+    assert TeacherCache(whole).manifest["totals"]["max_id"] == 299
+    cache = TeacherCache(whole, tokenizer=added("<new>"))
+    assert len(cache) == 40
+    (record,) = caplog.records
+    assert "id 300 is '<new>' and no token" in record.message and str(whole) in record.message
+    caplog.clear()
+    TeacherCache(whole, tokenizer=tokenizer())
+    assert not caplog.records
+
+
+def test_ids_that_the_cache_holds_mean_the_same_string(whole, tmp_path, caplog):
+    one = tokenizer().get_vocab()
+    swapped = one | {"<eos>": 1, "<pad>": 0}
+    with pytest.raises(CacheError, match=r"\(id 0 is '<pad>' and '<eos>'; id 1 is '<eos>' and '<pad>'\)"):
+        TeacherCache(whole, tokenizer=swapped)
+    # the cache's tokenizer has <old> as 300: in no row, in the rows, and another token in its place
+    rows = cache_run.rows()[:8]
+    used = [*rows[:7], {"input_ids": torch.tensor([5, 300, 6]), "labels": torch.tensor([-100, -100, 6])}]
+    for data, name in ((rows, "unused"), (used, "used")):
+        options = {**cache_run.OPTIONS, "vocab_size": 300, "tokenizer": added("<old>")}
+        cache_teacher(llama(304), data, tmp_path / name, **options)
+    for mine, words in ((tokenizer(), "no token"), (added("<new>"), "'<new>'")):
+        caplog.clear()
+        TeacherCache(tmp_path / "unused", tokenizer=mine)
+        assert f"id 300 is {words} and '<old>'" in caplog.text
+        with pytest.raises(CacheError, match=rf"\(id 300 is {words} and '<old>'\), so the lists mean nothing to it"):
+            TeacherCache(tmp_path / "used", tokenizer=mine)
+    # a padded head's class in a list: to this student a token
+    cache_teacher(
+        llama(304), rows, tmp_path / "padded", **{**cache_run.OPTIONS, "top_k": 304, "tokenizer": tokenizer()}
+    )
+    with pytest.raises(CacheError, match=r"id 300 is '<new>' and no token"):
+        TeacherCache(tmp_path / "padded", tokenizer=added("<new>"))
+
+
+def test_the_vocabulary_of_a_cache_is_checked(copy):
+    path, other = copy / "vocabulary.json", added("<new>")
+    good = path.read_text()
+    for content, message in ((good[:-9], "truncated or edited, it is no JSON"), ('{"a": 0}', "edited or foreign")):
+        path.write_text(content)
+        with pytest.raises(CacheError, match=rf"vocabulary\.json: {message}"):
+            TeacherCache(copy, tokenizer=other)
+    path.unlink()
+    with pytest.raises(CacheError, match=r"vocabulary\.json: missing, so it is not known which ids"):
+        TeacherCache(copy, tokenizer=other)
+    TeacherCache(copy, tokenizer=tokenizer())
 
 
 # ---------------------------------------------------------------- reading

@@ -120,6 +120,15 @@ def test_fingerprint_is_of_the_meaning_of_ids(tmp_path):
     assert text.tokenizer_fingerprint(vocabulary) != ours and text.tokenizer_fingerprint(None) is None
 
 
+def test_differing_tokens_are_named():
+    ours, theirs = {"a": 0, "b": 1, "c": 2}, {"a": 0, "c": 1, "d": 4}
+    differing = text.differing_tokens(ours, theirs)
+    assert differing == {1: ("b", "c"), 2: ("c", None), 4: (None, "d")} and text.differing_tokens(ours, ours) == {}
+    assert text.name_tokens(differing) == "id 1 is 'b' and 'c'; id 2 is 'c' and no token; id 4 is no token and 'd'"
+    many = text.differing_tokens(ours | {"e": 7}, theirs)
+    assert text.name_tokens(many) == text.name_tokens(differing) + "; 4 ids in all"
+
+
 def test_what_is_wrong_is_said(tmp_path, monkeypatch):
     (tmp_path / "image.png").write_bytes(b"")
     for data, message in (

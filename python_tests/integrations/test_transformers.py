@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from integrations import ddp
 from integrations.test_causal_lm import plain_loss
 
-from kdfast.integrations.transformers import KDTrainer, KDTrainingArguments
+from kdfast.integrations.transformers import KDTrainer, KDTrainingArguments, check_same_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' and accelerate's own
 
@@ -176,6 +176,55 @@ def test_models_by_name_and_vocabularies(tmp_path, caplog):
         KDTrainer(str(tmp_path / "student"), **options)
     with pytest.raises(ValueError, match=r"teacher_processing_class.*differ.*uld_loss"):
         KDTrainer(str(tmp_path / "student"), processing_class=lm.tokenizer(280), **options)
+
+
+def test_tokens_added_to_one_tokenizer():
+    from copy import deepcopy
+
+    teacher, student = lm.tokenizer(300), deepcopy(lm.tokenizer(300))
+    student.add_tokens(["<a>", "<b>"])
+    check_same_tokens(teacher, deepcopy(teacher))
+    for pair, words in (
+        ((student, teacher), "id 300 is '<a>' and no token"),
+        ((teacher, student), "no token and '<a>'"),
+    ):
+        for classes in (None, 301, 304):
+            with pytest.raises(ValueError, match=rf"{words}.*vocab_size=300 leaves the added ones out.*uld_loss"):
+                check_same_tokens(*pair, classes)
+        check_same_tokens(*pair, 300)
+    other = deepcopy(teacher)
+    other.add_tokens(["<c>"])
+    with pytest.raises(
+        ValueError, match=r"got 2 that differ, here and there id 300 is '<a>' and '<c>'; id 301"
+    ) as told:
+        check_same_tokens(student, other)
+    assert "leaves" not in str(told.value)  # one id, two tokens
+    with pytest.raises(ValueError, match="20 that differ") as told:  # merges that one of them has not
+        check_same_tokens(lm.tokenizer(280), teacher)
+    assert "leaves" not in str(told.value)
+
+
+def test_vocab_size_leaves_added_tokens_out(tmp_path):
+    from copy import deepcopy
+
+    student = deepcopy(lm.tokenizer(ddp.VOCAB))
+    student.add_tokens(["<new>"])
+
+    def trainer(**options):
+        args = KDTrainingArguments(
+            str(tmp_path), report_to="none", use_cpu=True, max_steps=1, per_device_train_batch_size=2, disable_tqdm=True,
+            logging_steps=1, save_strategy="no", **options,
+        )  # fmt: skip
+        return KDTrainer(
+            lm.llama(ddp.VOCAB + 4, 32), args, teacher_model=lm.llama(ddp.VOCAB + 4, 48, seed=1), train_dataset=ddp.Rows(4),
+            data_collator=ddp.padded(), processing_class=student, teacher_processing_class=lm.tokenizer(ddp.VOCAB),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=f"vocab_size={ddp.VOCAB} leaves"):
+        trainer()
+    kd = trainer(vocab_size=ddp.VOCAB)
+    kd.train()
+    assert kd.criterion.options["vocab_size"] == ddp.VOCAB and losses_of(kd)[0] > 1
 
 
 def test_wrong_arguments(tmp_path):

@@ -71,14 +71,36 @@ def test_low_precision_and_masks(dtype):
     assert uld_loss(student, teacher, mask=torch.zeros(5, dtype=torch.bool)).item() == 0
 
 
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_rows_and_classes_of_minus_infinity(top_k):
+    student, teacher = logits(4, 9, 10), logits(4, 12, 11)
+    want = uld_loss(student[[0, 3]][:, :7], teacher[[0, 3]], top_k=top_k, reduction="none")
+    student[:, 7:], student[1], teacher[2] = -torch.inf, -torch.inf, -torch.inf
+    student.requires_grad_()
+    rows = uld_loss(student, teacher, top_k=top_k, reduction="none")
+    torch.testing.assert_close(rows[[0, 3]], want)
+    assert rows[[1, 2]].tolist() == [0, 0] and want.min() > 0.1
+    if top_k is None:
+        torch.testing.assert_close(rows, uld_rows_reference(student, teacher, 1.0, 1.0))
+    (grad,) = torch.autograd.grad(rows.sum(), student)
+    assert (grad[[1, 2]] == 0).all() and (grad[:, 7:] == 0).all() and (grad[[0, 3], :7].abs().amax(-1) > 1e-3).all()
+    broken = student.detach().index_fill(1, torch.tensor([0]), torch.nan)
+    assert uld_loss(broken, teacher, top_k=top_k, reduction="none")[0].isnan()
+
+
 def test_second_derivative_and_wrong_arguments():
     student, teacher = logits(2, 5, 8).requires_grad_(), logits(2, 6, 9)
     with pytest.raises(RuntimeError, match="derivative"):
         torch.autograd.grad(uld_loss(student, teacher), student, create_graph=True)
     for wrong, match in (
         (dict(top_k=0), "top_k"), (dict(temperature=0.0), "temperature"), (dict(reduction="batch"), "reduction"),
+        (dict(teacher_temperature=-1.0), "teacher_temperature"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             uld_loss(student, teacher, **wrong)
     with pytest.raises(ValueError, match=r"teacher: expected the rows of student, \(2,\)"):
         uld_loss(student, teacher[:1])
+    with pytest.raises(ValueError, match=r"teacher: expected logits \[..., V\], got shape \(2, 0\)"):
+        uld_loss(student, teacher[:, :0])
+    with pytest.raises(TypeError, match="student: expected float16"):
+        uld_loss(student.long(), teacher)

@@ -1,5 +1,6 @@
 """SinKD: the written-out total, annealing, regression, clouds, the sequence form against a loop, by name."""
 
+import math
 import pickle
 
 import pytest
@@ -139,9 +140,41 @@ def test_sequence_form_bad_input():
         ((student[0], teacher, mask, mask), "student: expected logits"),
         ((student, teacher, mask.float(), mask), "student_mask: expected bool"),
         ((student, teacher[:1], mask, mask[:1]), "teacher: expected the batch of student"),
+        ((student[:0], teacher[:0], mask[:0], mask[:0]), "student: expected logits .* of a sequence"),
+        ((student, teacher[..., :1], mask, mask), "teacher: expected logits .* two classes"),
+        ((student.to("meta"), teacher, mask, mask), "student, student_mask: expected them on meta, got meta and cpu"),
     ):
         with pytest.raises(ValueError, match=message):
             multi_level_ot_loss(*arguments)
+    with pytest.raises(TypeError, match="teacher: expected float16"):
+        multi_level_ot_loss(student, teacher.long(), mask, mask)
+    for name, value in (
+        ("top_k", 0), ("length", 0), ("student_temperature", 0.0), ("teacher_temperature", -1.0), ("temperature", 0.0),
+        ("epsilon", 0.0), ("n_iters", 0), ("scale", math.inf), ("weight", math.nan), ("logit_weight", math.nan),
+        ("sinkhorn_weight", math.inf),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            multi_level_ot_loss(student, teacher, mask, mask, **{name: value})
+
+
+def test_sequence_form_cuts_answers_and_reads_no_other_row():
+    generator = torch.Generator().manual_seed(2)
+    student = torch.randn(2, 6, 7, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]]).bool()
+    short = mask & (torch.arange(6) < 4)  # the answers' first three rows
+    cut = multi_level_ot_loss(student, teacher, mask, mask, top_k=5, length=3)
+    want = multi_level_ot_loss(student, teacher, short, short, top_k=5)
+    for name, value in want.parts.items():
+        torch.testing.assert_close(cut.parts[name], value)
+    assert (
+        cut.parts["absolute"] - multi_level_ot_loss(student, teacher, mask, mask, top_k=5).parts["absolute"]
+    ).abs() > 1e-3
+    broken = student.masked_fill(~mask.unsqueeze(-1), math.nan).requires_grad_()
+    loss = multi_level_ot_loss(broken, teacher.masked_fill(~mask.unsqueeze(-1), math.inf), mask, mask, top_k=5).loss
+    torch.testing.assert_close(loss, multi_level_ot_loss(student, teacher, mask, mask, top_k=5).loss)
+    (grad,) = torch.autograd.grad(loss, broken)
+    assert (grad[~mask] == 0).all() and (grad[mask].abs().amax(-1) > 0).all()
 
 
 def test_by_name():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +17,19 @@ from torch.utils.data import Dataset
 from kdfast._checks import check_choice, check_int, check_number
 from kdfast._extras import needs, processes
 from kdfast.data.teacher_cache.lists import FORMS, has_list, list_bytes, pack_lists, top_k_lists
-from kdfast.data.teacher_cache.reader import KIND, TeacherCache
+from kdfast.data.teacher_cache.reader import KIND, VOCABULARY, TeacherCache
 from kdfast.data.teacher_cache.store import SHARD_BYTES, Progress, check_space, fill, weights_fingerprint
-from kdfast.data.text import IGNORE, TokenRows, collate_rows, load_tokenizer, token_rows, tokenizer_fingerprint
+from kdfast.data.text import (
+    IGNORE,
+    TokenRows,
+    collate_rows,
+    differing_tokens,
+    load_tokenizer,
+    name_tokens,
+    token_rows,
+    tokenizer_fingerprint,
+    vocabulary,
+)
 from kdfast.nn.causal_lm import Reader, States
 from kdfast.nn.modes import evaluating
 from kdfast.ops.linear_divergence import head_logits
@@ -73,7 +85,8 @@ def cache_teacher(
         model: id or folder of a causal LM of transformers (safetensors weights only), or such a module, used where it is.
         data: what `kdfast.data.text.token_rows` reads, with its options as further arguments (max_length, packing, column, split,
             config, limit, num_proc); or its rows; or any sequence of {"input_ids", "labels"}, labels being tokens or -100.
-        tokenizer: name, folder or object; None: the model's, when that is an id or folder. Its fingerprint goes to the manifest.
+        tokenizer: name, folder or object; None: the model's, when that is an id or folder. Its fingerprint goes to the manifest, its
+            tokens beside it: a student's tokenizer has to mean the same by every id that the cache holds.
         top_k: entries of a list. temperature: T > 0; a loss at another one refuses the cache.
         log_probs: "float16" or "uint8"; the errors stand in `kdfast.data.teacher_cache.lists`.
         vocab_size: the first so many logits are classes; None: all. (The rest of a padded head is no token.)
@@ -134,8 +147,11 @@ def cache_teacher(
         "rows_per_shard": rows_per_shard,
     }
     make = _Lists(teacher, rows, classes, top_k, temperature, log_probs, batch_size, pad_id)
+    tokens = {} if tokenizer is None else {token: index for index, token in vocabulary(tokenizer)}
+    beside = {VOCABULARY: json.dumps(tokens)} if tokens else {}
+    explain = partial(_other_tokens, out, tokenizer)
     with evaluating(teacher), torch.inference_mode():
-        fill(out, manifest, make, lengths.tolist(), on_progress, _kept_mass)
+        fill(out, manifest, make, lengths.tolist(), on_progress, _kept_mass, beside, explain)
     return TeacherCache(out)
 
 
@@ -178,7 +194,9 @@ class _Lists:
             **pack_lists(ids, log_probs, tail, self.form, self.classes),
         }
         kept_mass = float((1 - tail.double()).sum())
-        return tensors, {"tokens": int(lengths.sum()), "lists": len(tail), "kept_mass_sum": kept_mass}
+        facts = {"tokens": int(lengths.sum()), "lists": len(tail), "kept_mass_sum": kept_mass}
+        # A token that the cache holds nowhere may be another one to a student.
+        return tensors, facts | {"max_id": int(torch.cat((tensors["tokens"].long(), ids.flatten())).max())}
 
     def _batch(self, rows: Sequence[Mapping[str, Any]], count: int) -> tuple[Tensor, ...]:
         batch = collate_rows(rows, self.pad_id)
@@ -200,6 +218,14 @@ class _Lists:
 def _kept_mass(totals: Mapping[str, Any]) -> dict[str, float]:
     """Of a list, on the average: the share of the teacher's mass that the k classes have."""
     return {"kept_mass": totals["kept_mass_sum"] / max(totals["lists"], 1)}
+
+
+def _other_tokens(out: Path, tokenizer: Any, setting: str) -> str:
+    """Which tokens differ, where the tokenizer does."""
+    path = out / VOCABULARY
+    if setting != "tokenizer" or tokenizer is None or not path.exists():
+        return ""
+    return f" (here and there {name_tokens(differing_tokens(tokenizer, json.loads(path.read_text())))})"
 
 
 def logit_chunks(states: States, kept: Tensor, classes: int) -> Iterator[Tensor]:

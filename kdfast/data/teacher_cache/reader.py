@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,18 @@ from torch.utils.data import Dataset
 
 from kdfast.data.teacher_cache.lists import has_list, unpack_lists
 from kdfast.data.teacher_cache.store import CacheError, Shards
-from kdfast.data.text import IGNORE, collate_rows, padded, tokenizer_fingerprint
+from kdfast.data.text import (
+    IGNORE,
+    collate_rows,
+    differing_tokens,
+    name_tokens,
+    padded,
+    tokenizer_fingerprint,
+)
 from kdfast.ops.sparse_divergence import TopKTeacher
 
-KIND = "top-k lists"
+KIND, VOCABULARY = "top-k lists", "vocabulary.json"
+logger = logging.getLogger(__name__)
 LISTS = ("ids", "codes", "ids_high", "log_probs", "tail", "top", "span")
 
 
@@ -31,7 +41,7 @@ class TeacherCache(Dataset):
 
     Or beside a data set of one's own, whose batches carry the row ids: `cache.rows(batch["row_id"], batch["input_ids"])`.
 
-    path: the folder. tokenizer: the student's (or its vocabulary {token: id}): it must mean the same by every id as the teacher's.
+    path: the folder. tokenizer: the student's (or its vocabulary {token: id}), for `check_tokenizer`.
     temperature, top_k, vocab_size: what the caller expects; another one in the manifest is an error.
     verify: compare a shard with its sha256 when a process first reads it (`cache.verify()` reads all at once); sizes always are.
     """
@@ -61,17 +71,43 @@ class TeacherCache(Dataset):
         self.check_tokenizer(tokenizer)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """CacheError unless its ids mean what the cache's do. None is not checked."""
+        """CacheError, naming the tokens, unless every id that the cache holds is the same token to `tokenizer`. None is not checked.
+
+        Ids after the greatest in its rows and lists, tokens that were added to either tokenizer, may differ; the log names them.
+        """
         stored, given = self.manifest["settings"]["tokenizer"], tokenizer_fingerprint(tokenizer)
         if given is None or given == stored:
             return
         path, about = self.shards.folder, self.manifest["about"]
         if stored is None:
             raise CacheError(f"tokenizer: {path} was made from token ids, without one to compare with")
-        raise CacheError(
-            f"tokenizer: {path} was made with that of {about['model'] or 'a model without a name'} (fingerprint {stored[:12]}), "
-            f"this one's is {given[:12]}: an id is another token, so the lists mean nothing to it"
+        differing = differing_tokens(tokenizer, self._vocabulary())
+        held = {index: tokens for index, tokens in differing.items() if index <= self.manifest["totals"]["max_id"]}
+        if held:
+            raise CacheError(
+                f"tokenizer: {path} was made with that of {about['model'] or 'a model without a name'}, and an id is another token "
+                f"here than there ({name_tokens(held)}), so the lists mean nothing to it"
+            )
+        logger.warning(
+            "tokenizer: not that of %s, here and there %s; no row or list of the cache holds such an id",
+            path,
+            name_tokens(differing),
         )
+
+    def _vocabulary(self) -> dict[str, int]:
+        """{token: id} of the tokenizer that the cache was made with."""
+        path = self.shards.folder / VOCABULARY
+        try:
+            tokens = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise CacheError(
+                f"{path}: missing, so it is not known which ids are other tokens to this tokenizer"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise CacheError(f"{path}: truncated or edited, it is no JSON ({error})") from None
+        if tokenizer_fingerprint(tokens) != self.manifest["settings"]["tokenizer"]:
+            raise CacheError(f"{path}: edited or foreign, its tokens do not have the fingerprint in the manifest")
+        return tokens
 
     def verify(self) -> None:
         """Reads everything once and compares it with the manifest; CacheError says what is wrong with which file."""

@@ -1,6 +1,7 @@
 """A folder of safetensors shards under a manifest: written by any number of processes, resumed after a kill, checked when read.
 
     manifest.json               what is inside, and size and sha256 of every shard; sealed with a sha256 of itself
+    vocabulary.json             of a language model's cache: {token: id}, whose fingerprint the manifest has
     shard-00000.safetensors     rows 0 to R - 1; shard s holds rows s R to (s + 1) R - 1
     shard-00000.json            while the cache is being written: the shard's line of the manifest
 
@@ -47,15 +48,18 @@ def fill(
     work: Sequence[int],
     on_progress: Progress | None,
     summary: Callable[[dict[str, Any]], dict[str, Any]] = lambda totals: {},
+    beside: Mapping[str, str] | None = None,
+    explain: Callable[[str], str] = lambda setting: "",
 ) -> None:
     """Writes the shards that are not there, shared out among accelerate's processes, then the list of all.
 
     manifest: kind, settings (what decides the content: equal or an error when a run goes on), about, rows, rows_per_shard.
     work: of each row, in the unit of on_progress(done, total), which is told the share of this process.
-    summary: what the finished manifest says besides, of the sums of the shards' numbers.
+    summary: what the finished manifest says besides, of the sums of the shards' numbers (the greatest of those named max_).
+    beside: {name: content} of further files, which the settings decide. explain: of a setting that differs, more words for the error.
     """
     state = processes()
-    stored = begin(folder, manifest, state.is_main_process)
+    stored = begin(folder, manifest, state.is_main_process, beside or {}, explain)
     state.wait_for_everyone()
     if stored["shards"] is not None:
         if state.is_main_process:
@@ -86,7 +90,9 @@ def fill(
     state.wait_for_everyone()
 
 
-def begin(folder: Path, manifest: dict[str, Any], write: bool) -> dict[str, Any]:
+def begin(
+    folder: Path, manifest: dict[str, Any], write: bool, beside: Mapping[str, str], explain: Callable[[str], str]
+) -> dict[str, Any]:
     """The manifest of this run, or that of the run it goes on with; CacheError where they differ."""
     manifest = {"format": FORMAT, "version": VERSION, "kdfast": __version__, **manifest, "shards": None}
     manifest["id"] = _digest({key: manifest[key] for key in ("kind", "settings", "rows")})[:16]
@@ -96,7 +102,7 @@ def begin(folder: Path, manifest: dict[str, Any], write: bool) -> dict[str, Any]
             had, have = ({**_flat(one["settings"]), "rows": one["rows"]} for one in (stored, manifest))
             key = next(key for key in {**had, **have} if had.get(key) != have.get(key))
             raise CacheError(
-                f"out: {folder} holds a cache with {key} {had.get(key)!r}, this run has {have.get(key)!r}; "
+                f"out: {folder} holds a cache with {key} {had.get(key)!r}, this run has {have.get(key)!r}{explain(key)}; "
                 "a run goes on with the same settings, others need another folder"
             )
         return stored
@@ -104,6 +110,8 @@ def begin(folder: Path, manifest: dict[str, Any], write: bool) -> dict[str, Any]
         raise CacheError(f"out: expected a folder, {folder} is a file")
     if write:
         folder.mkdir(parents=True, exist_ok=True)
+        for name, content in beside.items():  # before the manifest, which says that all is there
+            write_text(folder / name, content)
         _seal(folder, manifest)
     return manifest
 
@@ -112,7 +120,11 @@ def finish(folder: Path, manifest: dict[str, Any], summary: Callable[[dict[str, 
     """The manifest with its shards; then their lines, and what a kill left behind, are needed no more."""
     count = -(-manifest["rows"] // manifest["rows_per_shard"])
     lines = [json.loads(_line(folder, number).read_text()) for number in range(count)]
-    totals = {key: sum(line[key] for line in lines) for key in lines[0] if key not in ("file", "sha256", "first_row")}
+    totals = {
+        key: (max if key.startswith("max_") else sum)(line[key] for line in lines)
+        for key in lines[0]
+        if key not in ("file", "sha256", "first_row")
+    }
     _seal(folder, manifest | {"shards": lines, "totals": totals, **summary(totals)})
     _sweep(folder)
 
