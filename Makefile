@@ -135,7 +135,7 @@ CONFIGURE = cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXEC
 core:
 	$(call CONFIGURE,$(DEV),$(ACTIVE)) -DKDFAST_CUDA=$(KDFAST_CUDA) -DKDFAST_CUDA_ARCHS="$(KDFAST_CUDA_ARCHS)" > /dev/null
 	cmake --build $(DEV)
-	cp $(DEV)/_C*.so kdfast/
+	install -m 644 $(DEV)/_C*.so kdfast/
 
 # The CUDA kernels without a GPU: compiled for sm_90 alone into a core of its own (build/cuda, over the objects of `make core`),
 # which must load without a driver, need no CUDA library, and use no more registers than benchmarks/results/cuda/registers.json.

@@ -13,7 +13,7 @@ import kdfast
 from kdfast.ops.linear_chunks import bfloat16_products
 
 ROOT = Path(__file__).parents[2]
-ROWS, CLASSES, WIDTH, CHUNK = 1024, 40000, 64, 128
+ROWS, CLASSES, WIDTH, CHUNK = 768, 40000, 32, 96
 
 # A process of its own: the high-water mark of a long test run says nothing.
 MEASURE = f"""

@@ -95,27 +95,34 @@ def test_these_tests_run_triton_kernels(monkeypatch):
 
 
 # ---------------------------------------------------------------- against the reference
-@pytest.mark.parametrize(("kind", "beta"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+WEIGHT = {"row_weight": torch.tensor([0.5, 0.0, 2.0])}
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "dtype"),
+    [(*case, torch.float32) for case in CASES]
+    + [(*case, dtype) for case in EVERY_KIND for dtype in (torch.float64, torch.bfloat16, torch.float16)],
+    ids=str,
+)
 def test_within_the_error_budget(kind, beta, dtype, monkeypatch):
-    shapes = [("whole", 37, 0.5), ("tiles", 201, 2.0)]  # a half type differs in what it loads and stores only
-    if dtype in (torch.float32, torch.float64):
-        shapes += [("whole", 2, 1.0), ("split", 330, 1.0)]
-    for name, classes, temperature in shapes:
+    """Each way to walk a row once: what the interpreter takes per program and tile is most of this folder's time."""
+    for name, classes, temperature, extra in (
+        ("whole", 37, 0.5, {}), ("tiles", 201, 2.0, WEIGHT), ("whole", 2, 1.0, WEIGHT), ("split", 330, 1.0, WEIGHT),
+    ):  # fmt: skip
+        if dtype not in (torch.float32, torch.float64) and (name, classes) not in (("whole", 37), ("tiles", 201)):
+            continue  # a half type differs in what it loads and stores only
         use_form(name, monkeypatch)
         student, teacher = logits(3, classes, dtype=dtype, seed=classes)
         teacher.requires_grad_(kind != "dkd")
-        options = dict(kind=kind, beta=beta, temperature=temperature, labels=some_labels(kind, (3,), classes))
-        weight = torch.tensor([0.5, 0.0, 2.0])
-        for extra in ({}, {"row_weight": weight}):
-            check_against_reference(
-                lambda s, t, o=options, e=extra: triton_rows(s, t, **o, **e),
-                lambda s, t, o=options, e=extra: divergence_reference(s, t, **o, **e),
-                (student, teacher),
-                floor=FLOORS[dtype][0],
-                gradient_floor=FLOORS[dtype][1],
-                allow_zero=classes == 2 and kind == "dkd" and beta[0] == 0,
-            )
+        options = dict(kind=kind, beta=beta, temperature=temperature, labels=some_labels(kind, (3,), classes)) | extra
+        check_against_reference(
+            lambda s, t, o=options: triton_rows(s, t, **o),
+            lambda s, t, o=options: divergence_reference(s, t, **o),
+            (student, teacher),
+            floor=FLOORS[dtype][0],
+            gradient_floor=FLOORS[dtype][1],
+            allow_zero=classes == 2 and kind == "dkd" and beta[0] == 0,
+        )
 
 
 @pytest.mark.parametrize(("kind", "beta"), EVERY_KIND)
@@ -172,9 +179,9 @@ def test_a_small_divergence_keeps_its_digits_and_is_never_negative(kind, beta, o
     """Teacher = student + 1e-3 noise, a KL of 5e-7: float32's textbook sums have no digit left. Also far from 0."""
     if kind == "binary" and offset:
         return  # sigmoid(1e4) is 1 for both
-    student, teacher = logits(3, 700, sigma=1e-3, scale=2.0)
+    student, teacher = logits(3, 250, sigma=1e-3, scale=2.0)
     student, teacher = student.detach() + offset, teacher.detach() + offset
-    labels = some_labels(kind, (3,), 700)
+    labels = some_labels(kind, (3,), 250)
     got = triton_rows(student, teacher, kind=kind, beta=beta, labels=labels)
     want = divergence_reference(student.double(), teacher.double(), kind=kind, beta=beta, labels=labels)
     assert got.min() > 0 and want.max() < (1e-3 if kind in ("tvd", "binary") else 1e-4)
@@ -184,8 +191,8 @@ def test_a_small_divergence_keeps_its_digits_and_is_never_negative(kind, beta, o
 @pytest.mark.parametrize(("kind", "beta"), CASES)
 def test_a_model_against_itself_is_exactly_zero(kind, beta, form):
     for dtype in (torch.float32, torch.bfloat16):
-        student, _ = logits(3, 250, dtype=dtype)
-        rows = triton_rows(student, student.detach(), kind=kind, beta=beta, labels=some_labels(kind, (3,), 250))
+        student, _ = logits(3, 150, dtype=dtype)
+        rows = triton_rows(student, student.detach(), kind=kind, beta=beta, labels=some_labels(kind, (3,), 150))
         assert torch.equal(rows, torch.zeros(3))
 
 
