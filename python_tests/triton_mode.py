@@ -82,3 +82,17 @@ def round_as_a_gpu() -> None:
         return TensorHandle(np.where(np.isnan(source.data), quiet, nearest), target.scalar)
 
     InterpreterBuilder.cast_impl = cast
+
+
+def multiply_as_a_gpu() -> None:
+    """Makes the interpreter's tl.dot multiply bfloat16: Triton 3.9's multiplies the integers that it stores them in."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    product = InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *rest):
+        a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        return product(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot

@@ -20,7 +20,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdfast.triton import divergence, pairwise, relation, routing, selective, sinkhorn, sinkhorn_kd, token_graph
+from kdfast.triton import (
+    divergence,
+    pairwise,
+    relation,
+    routing,
+    selective,
+    sinkhorn,
+    sinkhorn_kd,
+    softmin,
+    token_graph,
+)
 from kdfast.triton.launch import Launch, recording
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,6 +165,16 @@ def transport(*shape: int, tol: float = -1.0) -> Callable[[], Any]:
     return call
 
 
+def point_softmin(n: int, m: int, width: int, dtype: torch.dtype) -> Callable[[], Any]:
+    def call() -> None:
+        x, y, h = meta(1, n, width, dtype=dtype), meta(1, m, width, dtype=dtype), meta(1, m, dtype=torch.float64)
+        for mean in (False, True):  # a half-step; the transport cost
+            s, c = softmin.softmin(x, y, h, 10.0, mean)
+            softmin.softmin_backward(s, c if mean else None, x, y, h, s, c, 10.0, True, True, True)
+
+    return call
+
+
 def sinkhorn_kd_loss(*shape: int) -> Callable[[], Any]:
     return lambda: sinkhorn_kd.sinkhorn_kd(
         meta(*shape), meta(*shape), None, 2.0, 0.1, 2, 1, True, 1.0, False, True, False
@@ -218,6 +238,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "neighbours, k = 8, 4096 tokens of 384": knn_graph(4096, 384, 8),
     "token graph, edges and KL, 4096 tokens of 384": token_graph_kl(4096, 384, 8),
     "sinkhorn, two iterations with tol, 2048x2048": transport(2048, 2048, tol=1e-3),
+    "softmin of points, 20000 x 20000 of 64": point_softmin(20000, 20000, 64, torch.float32),
+    "softmin of points, 2048 x 2048 of 3": point_softmin(2048, 2048, 3, torch.float32),
+    "softmin of points, bfloat16, 20000 x 20000 of 128": point_softmin(20000, 20000, 128, torch.bfloat16),
+    "softmin of points, float64, 20000 x 5000 of 16": point_softmin(20000, 5000, 16, torch.float64),
     "sinkhorn_kd_loss, 64 x 64 over 151936": sinkhorn_kd_loss(64, 151936),
 }
 
@@ -334,6 +358,15 @@ comes through the plan at 64 x 64 (16 bytes) or in float64 (about 250): one laun
 reverse as many, and one that makes the cost's gradient from the n_iters (N + M) numbers that arrive at the half-steps. `tol`
 freezes problems on the device: their programs return at once. `sinkhorn_kd_loss` is one op, softened rows, `pairwise_cost`, transport
 and back. `update="average"`, `reg_type="kl"` and an epsilon per iteration run the reference, which says so.
+
+`sinkhorn_cost_points`, and `sinkhorn_divergence` with p = 2 and up to 128 coordinates, have no table of costs: a half-step is one launch
+of `softmin_kernel`, whose tiles make the squared distances from the points with `tl.dot`. It reads the points and one float64
+potential of each, and writes the other side's potentials. Float32 points are multiplied without TF32, less the first of y, so that a
+distance is good to some 1e-7 of the largest; 16-bit points go to the tensor cores as they are. The reverse of a half-step is a launch
+for each side, together four products where the half-step has one: exact through all iterations, or with `grad="envelope"` for the
+last one alone. Every `update`, `reg_type` and schedule of epsilon runs here, since the iterations are torch's on N + M potentials;
+`tol` freezes problems and saves no work. While a table fits into the L2 cache, or with hundreds of coordinates, `sinkhorn_cost` of
+`pairwise_cost` has less to do.
 
 Token graphs hold no n x n matrix: one kernel makes the products of centred tokens tile by tile and keeps the 2k best candidates of
 each token in registers, a second ranks them by exact distances and proves the choice (a token without proof looks at all). The

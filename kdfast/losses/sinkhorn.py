@@ -12,9 +12,11 @@ from kdfast._checks import check_choice, check_float_tensor, check_int, check_nu
 from kdfast._library import compute_dtype
 from kdfast.losses.divergence import REDUCTIONS, check_mask
 from kdfast.losses.module import LossModule
-from kdfast.ops.pairwise import pairwise_cost
+from kdfast.ops.pairwise import _choose, pairwise_cost
 from kdfast.ops.sinkhorn import ORDERS, sinkhorn
 from kdfast.ops.sinkhorn_kd import sinkhorn_kd
+from kdfast.ops.sinkhorn_points import point_potentials
+from kdfast.ops.softmin import softmin
 
 
 # ---------------------------------------------------------------- two models' outputs over one batch
@@ -139,7 +141,8 @@ def sinkhorn_divergence(
 
     The potentials come from averaged updates while eps falls from diameter^p by the factor scaling^p to blur^p; one
     half-step more at the end carries the gradient, of x and y through C alone, of a and b through the products above
-    (Danskin's theorem: not unrolled).
+    (Danskin's theorem: not unrolled). On a GPU with p = 2 and D <= 128 no [N, M] table is kept: the half-steps make the cost from
+    the points (`kdfast.ops.sinkhorn_cost_points`). Elsewhere the tables of the two clouds and of each with itself are.
 
     Args:
         x: [N, D] or [B, N, D] points. y: [M, D] or [B, M, D]. a: [N] or [B, N] weights, None: 1/N. b likewise.
@@ -165,14 +168,18 @@ def sinkhorn_divergence(
         diameter = _diameter(x.detach(), y.detach())
     schedule = _schedule(diameter, p, blur, scaling)
 
+    damping = 1.0 if rho is None else rho / (rho + eps)
+    streamed = _streams(x, y, p, backend)
+
     def potentials(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """f on x and g on y: the loop without gradient, then the one half-step that carries it."""
+        if streamed:
+            return _point_potentials(x, y, a.detach(), b.detach(), schedule, rho, eps * damping)
         cost, cost_t = _point_cost(x, y.detach(), p, backend), _point_cost(y, x.detach(), p, backend)
         a, b = a.detach(), b.detach()
         out = sinkhorn(
             cost.detach(), a, b, epsilon=schedule, update="average", rho=rho, reg_type="kl", grad="envelope", backend=backend
         )  # fmt: skip
-        damping = 1.0 if rho is None else rho / (rho + eps)
         return _softmin(cost, b, out.g, eps) * damping, _softmin(cost_t, a, out.f, eps) * damping
 
     f_ba, g_ab = potentials(x, y, a, b)
@@ -201,6 +208,25 @@ def _point_cost(x: Tensor, y: Tensor, p: int, backend: str | None) -> Tensor:
 def _softmin(cost: Tensor, weights: Tensor, potential: Tensor, eps: float) -> Tensor:
     """-eps log sum_j w_j exp((potential_j - C_ij) / eps); points of weight 0, whose potential is -inf, add nothing."""
     return -eps * torch.logsumexp((weights.log() + potential / eps).unsqueeze(-2) - cost / eps, -1)
+
+
+def _streams(x: Tensor, y: Tensor, p: int, backend: str | None) -> bool:
+    """Whether the cost is made from the points in every half-step: on a GPU, while its products are not most of the work."""
+    return p == 2 and x.shape[-1] <= 128 and _choose("sinkhorn_cost_points", x, y, backend) == "triton"
+
+
+def _point_potentials(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, schedule: list[float], rho: float | None, factor: float
+) -> tuple[Tensor, Tensor]:
+    """The potentials for p = 2 without a table of costs; factor = lam eps."""
+    x, y = x * math.sqrt(0.5), y * math.sqrt(0.5)  # |x - y|^2 is the cost |x - y|^2 / 2 of the points that came
+    log_a, log_b, eps = a.double().log(), b.double().log(), schedule[-1]
+    f, g = point_potentials(
+        x.detach(), y.detach(), log_a, log_b, schedule, order="rows_first", update="average", rho=rho, tol=None, kl=True
+    )
+    on_x, _ = softmin(x, y.detach(), log_b + g / eps, 1.0 / eps, False)
+    on_y, _ = softmin(y, x.detach(), log_a + f / eps, 1.0 / eps, False)
+    return (-factor * on_x).to(x.dtype), (-factor * on_y).to(x.dtype)
 
 
 def _diameter(x: Tensor, y: Tensor) -> float:

@@ -11,6 +11,8 @@ from kdfast.ops.routing_noise import drop_second_choice, jitter, noisy_logits
 from kdfast.ops.routing_plan import Plan, combine, dispatch, expert_capacity, make_plan
 from kdfast.ops.selective import SelectiveKL, selective_kl, selective_kl_reference
 from kdfast.ops.sinkhorn import SinkhornOutput, sinkhorn, sinkhorn_cost, sinkhorn_cost_reference, sinkhorn_reference
+from kdfast.ops.sinkhorn_points import sinkhorn_cost_points, sinkhorn_cost_points_reference
+from kdfast.ops.softmin import pairwise_softmin, pairwise_softmin_reference
 from kdfast.ops.sparse_divergence import SampledTeacher, TopKTeacher, sparse_divergence
 from kdfast.ops.token_graph import knn_graph, knn_graph_reference, token_graph_kl, token_graph_kl_reference
 
@@ -43,6 +45,8 @@ __all__ = [
     "pairwise_infonce_reference",
     "pairwise_mmd",
     "pairwise_mmd_reference",
+    "pairwise_softmin",
+    "pairwise_softmin_reference",
     "relation_kl",
     "relation_kl_reference",
     "relation_mse",
@@ -54,6 +58,8 @@ __all__ = [
     "selective_kl_reference",
     "sinkhorn",
     "sinkhorn_cost",
+    "sinkhorn_cost_points",
+    "sinkhorn_cost_points_reference",
     "sinkhorn_cost_reference",
     "sinkhorn_reference",
     "sparse_divergence",

@@ -34,7 +34,7 @@ mass, potential -inf, zero gradient. A cost of +inf forbids its pair.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +61,7 @@ ORDERS = ("rows_first", "columns_first")
 UPDATES = ("alternate", "average")
 REG_TYPES = ("entropy", "kl")
 GRADS = ("unrolled", "envelope")
+HalfStep = Callable[[Tensor, float], Tensor]  # (the other side's potential, epsilon) -> this side's
 
 
 class SinkhornOutput(NamedTuple):
@@ -113,10 +114,27 @@ def sinkhorn_reference(
         sums = torch.where(live_b.unsqueeze(-2), z.masked_fill(~allowed, -math.inf), 0.0).logsumexp(-2)
         return torch.where(live_b, _damping(rho_b, eps) * eps * ((0.0 if kl else log_b) - sums), 0.0)
 
-    f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
-    active = torch.ones(cost.shape[:-2], dtype=torch.bool, device=cost.device)
-    iterations = torch.zeros(cost.shape[:-2], dtype=torch.int64, device=cost.device)
     schedule = _schedule(epsilon, n_iters)
+    start = torch.zeros_like(log_a), torch.zeros_like(log_b)
+    f, g, iterations = iterate(rows, columns, *start, schedule, order=order, update=update, tol=tol)
+    exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / schedule[-1]
+    if kl:
+        exponent = exponent + log_a.unsqueeze(-1) + log_b.unsqueeze(-2)
+    plan = torch.where(allowed, exponent, -math.inf).exp()
+    f, g = f.masked_fill(~live_a, -math.inf), g.masked_fill(~live_b, -math.inf)
+    if grad == "envelope":
+        plan, f, g = plan.detach(), f.detach(), g.detach()
+    return SinkhornOutput(plan, f, g, iterations)
+
+
+def iterate(
+    rows: HalfStep, columns: HalfStep, f: Tensor, g: Tensor, schedule: Sequence[float], *, order: str, update: str, tol: float | None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Potentials f [..., N] and g [..., M] after the half-steps rows(g, eps) and columns(f, eps) for every eps of the schedule,
+    and the iterations done.
+    """
+    active = torch.ones(f.shape[:-1], dtype=torch.bool, device=f.device)
+    iterations = torch.zeros(f.shape[:-1], dtype=torch.int64, device=f.device)
     for k, eps in enumerate(schedule):
         if update == "average":
             new_f, new_g = rows(g, eps), columns(f, eps)
@@ -137,14 +155,7 @@ def sinkhorn_reference(
             g = torch.where(active.unsqueeze(-1), new_g, g)
             iterations = iterations + active
             active = active & ~(change <= tol)
-    exponent = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / schedule[-1]
-    if kl:
-        exponent = exponent + log_a.unsqueeze(-1) + log_b.unsqueeze(-2)
-    plan = torch.where(allowed, exponent, -math.inf).exp()
-    f, g = f.masked_fill(~live_a, -math.inf), g.masked_fill(~live_b, -math.inf)
-    if grad == "envelope":
-        plan, f, g = plan.detach(), f.detach(), g.detach()
-    return SinkhornOutput(plan, f, g, iterations)
+    return f, g, iterations
 
 
 def sinkhorn_cost_reference(cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, **options) -> Tensor:
@@ -425,11 +436,7 @@ def sinkhorn_cost(
     """
     _check(cost, a, b, epsilon, n_iters, order, update, rho, tol, reg_type, grad)
     if grad == "envelope":
-        for name, weights in (("a", a), ("b", b)):
-            if weights is not None and weights.requires_grad and torch.is_grad_enabled():
-                raise ValueError(
-                    f"{name}: grad='envelope' gives no gradient for weights; detach {name} or use 'unrolled'"
-                )
+        _check_detached(a, b)
     chosen = _choose("sinkhorn_cost", cost, a, b, epsilon, update, reg_type, backend)
     if chosen != "reference":
         return _solve(chosen, cost, a, b, epsilon, n_iters, order, rho, tol, False, grad == "envelope")[0]
@@ -471,6 +478,12 @@ def _check(cost, a, b, epsilon, n_iters, order, update, rho, tol, reg_type, grad
             check_number("rho", value, low=0.0, open_low=True)
     if tol is not None:
         check_number("tol", tol, low=0.0)
+
+
+def _check_detached(a: Tensor | None, b: Tensor | None) -> None:
+    for name, weights in (("a", a), ("b", b)):
+        if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: grad='envelope' gives no gradient for weights; detach {name} or use 'unrolled'")
 
 
 def _check_weights(name: str, weights, cost: Tensor, size: int) -> None:

@@ -21,7 +21,7 @@ from kdfast._library import lib
 OPS: tuple[str, ...] = (
     "divergence", "selective_kl", "route_topk", "make_plan", "dispatch", "combine",
     "knn_graph", "token_graph_kl", "pairwise_cost", "pairwise_infonce", "relation_mse", "relation_kl",
-    "sinkhorn", "sinkhorn_kd_loss", "grouped_linear", "grouped_mlp",
+    "sinkhorn", "sinkhorn_kd_loss", "sinkhorn_cost_points", "pairwise_softmin", "grouped_linear", "grouped_mlp",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from kdfast.triton.sinkhorn_steps import (
     load_cost,
     load_potential,
     moved_potential,
+    online_exponentials,
     per_side,
     softmax_weights,
     split,
@@ -78,11 +79,8 @@ def half_step_kernel(
             open_ = (w != 0)[:, None] & is_live(potential)[None, :]
             at = rows[:, None] + class_offsets(j, cj, WIDE)[None, :]
             tile = tl.load(cost + at, mask=open_, other=float("inf")).to(DTYPE)
-            higher = tl.maximum(top, tl.max(tile * scale + reference[None, :], 1))
-            above = tl.where(higher == -float("inf"), 0.0, higher)
-            e = tl.exp(exponent(tile, scale, reference[None, :], -above[:, None])) * rest[None, :]
-            sums = sums * tl.exp(top - above) + tl.sum(e, 1)
-            top = higher
+            top, shrink, e = online_exponentials(tile, scale, reference, rest, top)
+            sums = sums * shrink + tl.sum(e, 1)
         dead = (w == 0) | (sums == 0)  # a maximum of NaN alone may be -inf, its sum is not 0
         top = tl.where(top == -float("inf"), 0.0, top)
         safe = tl.where(dead, 1.0, sums)

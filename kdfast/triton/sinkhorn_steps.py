@@ -137,6 +137,15 @@ def log_half_step(cost, scale, other, weight, log_weight, lam, AXIS: tl.constexp
 
 
 @triton.jit
+def online_exponentials(cost, scale, reference, rest, top):
+    """One more tile [R, B] of a sum over j: (new maximum, factor of what is summed so far, the tile's exponentials)."""
+    higher = tl.maximum(top, tl.max(cost * scale + reference[None, :], 1))
+    above = tl.where(higher == -float("inf"), 0.0, higher)
+    e = tl.exp(exponent(cost, scale, reference[None, :], -above[:, None])) * rest[None, :]
+    return higher, tl.exp(top - above), e
+
+
+@triton.jit
 def largest_change(new, old):
     """[P] of the live; NaN as inf, which is no convergence."""
     change = tl.abs(new - old)

@@ -69,6 +69,13 @@ OPS = {
     "sinkhorn_small": (lambda n: (draw(n, 6, 5).abs(),), lambda c, b: ops.sinkhorn_cost(c, backend=b)),
     "sinkhorn_plan": (lambda n: (draw(2, 9, n // 5 + 4).abs(),), lambda c, b: ops.sinkhorn(c, backend=b).plan),
     "sinkhorn_kd": (lambda n: models(min(n, 64), n + 2), lambda s, t, b: losses.sinkhorn_kd_loss(s, t, backend=b)),
+    "softmin": (lambda n: models(n, 70, 1.0), lambda x, y, b: ops.pairwise_softmin(x, y, epsilon=30.0, backend=b)),
+    "sinkhorn_points": (
+        lambda n: models(n, 70, 1.0), lambda x, y, b: ops.sinkhorn_cost_points(x, y, epsilon=30.0, n_iters=5, backend=b)
+    ),
+    "sinkhorn_divergence": (
+        lambda n: models(n, 5, 1.0), lambda x, y, b: losses.sinkhorn_divergence(x, y, blur=1.0, diameter=8.0, backend=b)
+    ),
     "token_graph": (lambda n: models(n + 20, 64, 1.0), lambda s, t, b: losses.token_graph_loss(s, t, k=3, backend=b)),
     "token_contrast": (lambda n: models(n, 48, 1.0), lambda s, t, b: losses.token_contrast_loss(s, t, backend=b)),
     "token_context": (lambda n: models(n, 48, 1.0), lambda s, t, b: losses.token_context_loss(s[None], t[None], backend=b)),

@@ -12,6 +12,8 @@ import kdfast
 import kdfast.losses.sinkhorn as module
 from kdfast.losses import SinkhornDivergence, SinkhornKDLoss, sinkhorn_divergence, sinkhorn_kd_loss
 
+needs_core = pytest.mark.skipif(not kdfast.backend_info()["compiled"], reason="no compiled core")
+
 
 def logits(*shape, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
@@ -245,6 +247,23 @@ def test_divergence_points_of_weight_zero_are_absent():
     assert torch.autograd.grad(got, x)[0].isfinite().all()
 
 
+@needs_core
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("options", [{}, {"reach": 0.7}, {"reach": 0.7, "debias": False}], ids=str)
+def test_divergence_from_points_is_that_of_the_tables(batch, options, monkeypatch):
+    """What runs on a GPU, here with the CPU's kernels."""
+    x, y, a, b = clouds(*batch)
+    with torch.no_grad():
+        a[..., 2] = b[..., 0] = 0.0
+    results = []
+    for streamed in (False, True):
+        monkeypatch.setattr(module, "_streams", lambda *_, streamed=streamed: streamed)
+        value = sinkhorn_divergence(x, y, a, b, blur=0.1, **options)
+        results.append((value, *torch.autograd.grad(value.sum(), (x, y, a, b))))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+    assert all(t.abs().max() > 1e-3 for t in results[0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -267,7 +286,6 @@ def test_divergence_bad_input(change, message):
 
 
 # ---------------------------------------------------------------- the fused op
-needs_core = pytest.mark.skipif(not kdfast.backend_info()["compiled"], reason="no compiled core")
 FUSED = [
     {},
     {"p": 2},

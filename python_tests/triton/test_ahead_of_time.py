@@ -17,6 +17,7 @@ HOT = (
     "divergence_kernel", "log_sums_kernel", "selective_kernel",
     "candidates_kernel", "rank_kernel", "edge_gradient_kernel", "cost_kernel", "cost_gradient_kernel", "contrast_kernel", "relation_kernel",
     "solve_kernel", "reverse_kernel", "half_step_kernel", "reverse_step_kernel", "gradient_kernel", "soften_kernel", "soften_backward_kernel",
+    "softmin_kernel", "softmin_gradient_kernel",
 )  # fmt: skip
 
 
