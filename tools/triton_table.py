@@ -263,7 +263,7 @@ def source(launch: Launch) -> ASTSource:
             assert parameter.annotation_type, f"{parameter.name}: a float needs its type in the signature"
             signature[parameter.name] = parameter.annotation_type
         else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            signature[parameter.name] = parameter.annotation_type or ("i32" if abs(value) < 2**31 else "i64")
             if special and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     missing = set(launch.arguments) - {p.name for p in launch.kernel.params}

@@ -158,10 +158,10 @@ def class_zero(rows, live, DTYPE: tl.constexpr):
     return tl.where(value > -float("inf"), value, 0.0)
 
 
-@triton.jit(do_not_specialize=["count", "tiles"])  # they vary from batch to batch
+@triton.jit(do_not_specialize=["count", "tiles"])  # they vary from batch to batch; 7 count may pass 2^31
 def log_sums_kernel(
     student, teacher, labels, row_temperature, row_weight, partials,
-    count, tiles, n_splits, per_split, n1, n2, inner, classes, x0, x1, x2, x3, x4, z0, z1, z2, z3, z4,
+    count: tl.int64, tiles, n_splits, per_split, n1, n2, inner, classes, x0, x1, x2, x3, x4, z0, z1, z2, z3, z4,
     temperature: tl.float64, beta: tl.float64,
     KIND: tl.constexpr, DTYPE: tl.constexpr, RAW: tl.constexpr, SMOOTH: tl.constexpr, ONLINE_V: tl.constexpr,
     ONLINE_U: tl.constexpr, ONLINE_R: tl.constexpr, R: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
@@ -184,11 +184,11 @@ def log_sums_kernel(
     store_partials(partials, sums, row, inside, split, n_splits, count)
 
 
-@triton.jit(do_not_specialize=["count", "tiles"])  # they vary from batch to batch
+@triton.jit(do_not_specialize=["count", "tiles"])  # they vary from batch to batch; 7 count may pass 2^31
 def divergence_kernel(
     student, teacher, grad_student, grad_teacher, labels, row_temperature, row_weight,
     partials, stats, sums_v, sums_u, loss, ce_loss,
-    count, tiles, n_splits, per_split, n1, n2, inner, classes, student_width, teacher_width,
+    count: tl.int64, tiles, n_splits, per_split, n1, n2, inner, classes, student_width, teacher_width,
     x0, x1, x2, x3, x4, z0, z1, z2, z3, z4, gx0, gx1, gx2, gx3, gx4, gz0, gz1, gz2, gz3, gz4,
     temperature: tl.float64, beta: tl.float64, beta_2: tl.float64, scale: tl.float64, kd_factor: tl.float64, ce_factor: tl.float64, smoothing: tl.float64,
     KIND: tl.constexpr, DTYPE: tl.constexpr, SOURCE: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, GIVEN: tl.constexpr,
@@ -358,7 +358,7 @@ def divergence_kernel(
 
 
 @triton.jit
-def rows_kernel(parts, stats, rows, count, n_splits, R: tl.constexpr, SPLITS: tl.constexpr):
+def rows_kernel(parts, stats, rows, count: tl.int64, n_splits, R: tl.constexpr, SPLITS: tl.constexpr):
     """Adds the splits of R rows: parts [3, splits, rows] are loss, sum v, sum u."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     inside = row < count
