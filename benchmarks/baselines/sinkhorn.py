@@ -15,6 +15,12 @@ def transport_cost(cost: Tensor, epsilon: float = 0.1, n_iters: int = 20) -> Ten
     return (plan * cost).sum()
 
 
+def transport_of_points(x: Tensor, y: Tensor) -> Tensor:
+    """The same over the table of squared distances, as the three terms of (x - y)^2."""
+    cost = x.square().sum(-1)[..., None] + y.square().sum(-1)[..., None, :] - 2 * x @ y.mT
+    return transport_cost(cost)
+
+
 def sinkhorn_kd(student: Tensor, teacher: Tensor, temperature: float = 2.0, scale: float = 1e-3) -> Tensor:
     p, q = torch.softmax(student / temperature, -1), torch.softmax(teacher / temperature, -1)
     return scale * transport_cost(torch.cdist(p, q, p=1.0))

@@ -39,6 +39,17 @@ def transport(cost: Tensor, backend: str | None = None) -> Tensor:
     return ops.sinkhorn_cost(cost, backend=backend).sum()
 
 
+def points(n: int, m: int, width: int) -> Inputs:
+    """Points of the unit cube, squared distances up to 1."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(n, width, generator=generator), torch.rand(m, width, generator=generator)
+    return {"x": (x / width**0.5).requires_grad_(), "y": (y / width**0.5).requires_grad_()}
+
+
+def transport_of_points(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
+    return ops.sinkhorn_cost_points(x, y, backend=backend).sum()
+
+
 def pot() -> Callable[..., Tensor]:
     """POT's differentiable solver. Its 20 iterations begin with the columns; marginals of ones, as ours."""
     import ot
@@ -79,5 +90,11 @@ CASES = (
         name="sinkhorn_cost_1024x16x16_fp32", op="sinkhorn", title="sinkhorn_cost", shape="1024 problems 16x16", dtype="float32",
         inputs=partial(costs, 1024, 16, 16), ours=transport, plain=baselines.transport_cost, traffic=2 * 1024 * 256 * 4,
         leaves=("cost",), targets=(Target(PLAIN, 10),),
+    ),
+    Case(
+        name="sinkhorn_cost_points_2048x2048_d3_fp32", op="sinkhorn", title="sinkhorn_cost_points, no table of pairs",
+        shape="2048 and 2048 points, D=3", dtype="float32", inputs=partial(points, 2048, 2048, 3), ours=transport_of_points,
+        plain=baselines.transport_of_points, traffic=4 * 2048 * 3 * 4, leaves=("x", "y"),
+        tests=("python_tests/ops/test_sinkhorn_points.py", "python_tests/ops/test_softmin.py"),
     ),
 )  # fmt: skip

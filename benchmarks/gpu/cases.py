@@ -136,6 +136,16 @@ def transport(cost: Tensor, backend: str | None = None) -> Tensor:
     return ops.sinkhorn_cost(cost, backend=backend).sum()
 
 
+def points(n: int, width: int, source: Source) -> Inputs:
+    """Two sets of points of the unit cube, scaled to squared distances of at most 1."""
+    x, y = (torch.rand(n, width, generator=source, device=source.device) / width**0.5 for _ in range(2))
+    return {"x": x.requires_grad_(), "y": y.requires_grad_()}
+
+
+def transport_of_points(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
+    return ops.sinkhorn_cost_points(x, y, backend=backend).sum()
+
+
 def tokens(n: int, width: int, source: Source) -> Inputs:
     """Tokens of images: clusters with spread, so that neighbours are near and the graphs are not empty."""
     near = integers(source, max(n // 32, 2), n)
@@ -246,6 +256,9 @@ CASES = (
     GpuCase("sinkhorn_cost_2048x2048_fp32", "sinkhorn", "sinkhorn_cost, 20 iterations", "2048x2048", "fp32",
             lambda source: costs(2048, 2048, source=source), transport, sinkhorn.transport_cost, 2 * 2048 * 2048 * 4, ("cost",),
             targets=(Target("x", 5, PLAIN),)),
+    GpuCase("sinkhorn_points_8192x64_fp32", "sinkhorn", "sinkhorn_cost_points, 20 iterations", "8192 and 8192 points, D=64", "fp32",
+            partial(points, 8192, 64), transport_of_points, sinkhorn.transport_of_points, 4 * 8192 * 64 * 4, ("x", "y"),
+            flop=20 * 2 * 5 * 2.0 * 8192 * 8192 * 64),
     GpuCase("token_graph_8192x768_k16_fp32", "token_graph", "token_graph_loss", "n=8192, D=768, k=16", "fp32",
             partial(tokens, 8192, 768), partial(losses.token_graph_loss, k=16), partial(token_graph.token_graph, k=16),
             3 * 8192 * 768 * 4, flop=2 * 2.0 * 8192 * 8192 * 768, targets=(Target("x", 4, PLAIN), Target("memory", 20, PLAIN))),

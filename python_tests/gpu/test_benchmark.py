@@ -22,6 +22,7 @@ SMALL = {
     "sinkhorn_kd_64x1000_fp32": partial(cases.batch, 8, 50),
     "sinkhorn_cost_4096x64x64_fp32": lambda source: cases.costs(6, 8, 8, source=source),
     "sinkhorn_cost_2048x2048_fp32": lambda source: cases.costs(40, 40, source=source),
+    "sinkhorn_points_8192x64_fp32": partial(cases.points, 40, 5),
     "token_graph_8192x768_k16_fp32": partial(cases.tokens, 96, 16),
     "token_contrast_8192x768_fp32": partial(cases.tokens, 64, 16),
     "route_8192x256_k8_fp32": partial(cases.router, 32, 64, 8),
