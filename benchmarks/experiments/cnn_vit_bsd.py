@@ -1,9 +1,15 @@
 """CNN and ViT on canvases of digits: does teaching only where one is better help, against labels alone and against teaching everywhere?
 
-Two students trained together, 200 AdamW steps of batch 16; the score is the mean of their two test mIoU. Arms: each alone with
+Two students trained together, 250 AdamW steps of batch 16; the score is the mean of their two test mIoU. Arms: each alone with
 labels (ce); KL both ways at all labelled pixels (mutual); pixel-wise selective distillation alone (pixel); the whole method.
 The settings are the method's defaults, nothing is tuned per arm. The claims to look at: the whole method above labels alone;
 pixel not below mutual; and in every epoch each student teaches the other somewhere.
+
+Until the ViT had its convolutional stem and sub-pixel decoder it stayed near 10 mIoU in every arm. The network and the rate were
+chosen with labels alone, on the validation split of seeds 0 and 1: with a linear embedding and transposed convolutions neither
+rates from 0.0005 to 0.002, nor sine positions, nor 1200 steps brought it to 17. Now that both students learn, every transfer still leaves both of them below
+labels alone, the pixel-wise selective one least. The terms and the gradient of the CNN's logits, computed by hand on a batch, agree
+with the method's, so the loss is not the fault. Not tried: smaller weights, `warmup_steps`, more steps.
 """
 
 from __future__ import annotations
