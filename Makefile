@@ -51,9 +51,10 @@ distill-lm: $(if $(VIRTUAL_ENV),,$(TESTS))
 test: $(TESTS)
 	KDFAST_EXPECT_CORE=1 $(BIN)/python -m pytest -q $(ARGS)
 
-# What exercises every kernel of the core. The linear and sparse ops are torch loops around kernels that are tested here; the tests
-# of modes run the same kernels under compile, export, func.
-KERNEL_TESTS := python_tests/ops python_tests/test_core.py python_tests/test_library.py --ignore-glob='*linear*' \
+# What exercises every kernel of the core, after a look at which core it is. The linear and sparse ops are torch loops around kernels
+# that are tested here; the tests of modes run the same kernels under compile, export, func.
+KERNEL_TESTS := $(addprefix python_tests/test_core.py::test_the_,core_is_what_this_run_expects forced_instruction_set_is_used) \
+  python_tests/ops python_tests/test_library.py --ignore-glob='*linear*' \
   --ignore-glob='*sparse_divergence*' -k "not inductor and not gradcheck_of_the_reference and not modes"
 
 # The tests of the kernels on every instruction set below the best one, which `make test` ran; never above the machine's.
