@@ -10,9 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from kdfast.lm_report import command, draw, tables
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from kdfast.lm_report import command, draw, tables  # noqa: E402
+
 RESULT, FIGURE, PAGE = (
     ROOT / name
     for name in ("benchmarks/results/lm/distill_lm.json", "docs/img/distill_lm.png", "docs/language-models.md")
