@@ -33,6 +33,7 @@ SMALL_ROWS = 32  # of the call that pages the code in
 @dataclass(frozen=True)
 class LargeCase(Case):
     per_row: tuple[str, ...] = ()  # the inputs that have a row for each row of the loss
+    operations: float = 0.0  # floating-point operations of the matrix products that any implementation must make
 
 
 def candidates(case: Case) -> dict[str, Callable[[], Callable[..., Tensor]]]:
@@ -70,7 +71,7 @@ def measure(case: LargeCase, budget: float = BUDGET) -> list[dict[str, Any]]:
         peaks = {name: worker.first["peak"] for name, worker in workers.items()}  # type: ignore[index]
     info = {
         "mode": "fwd+bwd", "seconds": times, "errors": errors, "peak": peaks, "missing": missing, "identity": identity,
-        "copy_bandwidth": machine.copy_bandwidth(),
+        "copy_bandwidth": machine.copy_bandwidth(), "product_rate": machine.product_rate(case.dtype),
     }  # fmt: skip
     return [{"extra_info": info}]
 

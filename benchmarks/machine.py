@@ -119,3 +119,15 @@ def copy_bandwidth(megabytes: int = 256, rounds: int = 9) -> float:
         target.copy_(source)
         times.append(time.perf_counter() - start)
     return 2 * source.numel() * 4 / statistics.median(times)
+
+
+def product_rate(dtype: str, size: int = 2048, rounds: int = 9) -> float:
+    """Floating-point operations per second of a square product by torch on all threads."""
+    left, right = torch.randn(2, size, size).to(getattr(torch, dtype))
+    out = left @ right
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times)

@@ -112,6 +112,8 @@ def run_case(case: Case, done: dict[str, tuple[bool, str]]) -> bool:
         "fingerprint": machine.fingerprint(case.op), "environment": machine.environment(), "traffic_bytes": case.traffic,
         "targets": [vars(target) for target in case.targets],
     }  # fmt: skip
+    if isinstance(case, large.LargeCase):
+        result["operations"] = case.operations
     green, result["tests"] = check_tests(case, done)
     if not green:
         result["red"] = True  # the page says so; no number stands
@@ -126,6 +128,8 @@ def run_case(case: Case, done: dict[str, tuple[bool, str]]) -> bool:
                 result["missing_peers"] = record["extra_info"]["missing"]
                 if "copy_bandwidth" in record["extra_info"]:
                     result["copy_gb_s"] = digits(record["extra_info"]["copy_bandwidth"] / 1e9)
+                if "product_rate" in record["extra_info"]:
+                    result["product_gflop_s"] = digits(record["extra_info"]["product_rate"] / 1e9)
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     return green

@@ -54,6 +54,11 @@ def traffic(rows: int, classes: int, width: int, size: int) -> int:
     return size * (3 * rows * width + 3 * classes * width)
 
 
+def operations(rows: int, classes: int, width: int) -> float:
+    """Logits of both models, gradients of the hidden states and of the head: four products of the rows that are kept."""
+    return 4 * 2.0 * (rows - rows // 10) * classes * width
+
+
 def targets(*names: str) -> tuple[Target, ...]:
     """At most 0.8 of the time of each."""
     return tuple(Target(name, 1.25) for name in (PLAIN, *names))
@@ -76,14 +81,14 @@ CASES = (
     Case(
         name="linear_forward_kl_2048x151936_h512_fp32", op="linear_divergence", title="LM head + forward KL", shape=f"{ROWS}x{SHAPE}",
         dtype="float32", inputs=partial(head, ROWS, CLASSES, WIDTH, torch.float32), ours=ours, plain=plain.forward_kl,
-        traffic=traffic(ROWS, CLASSES, WIDTH, 4),
+        traffic=traffic(ROWS, CLASSES, WIDTH, 4), operations=operations(ROWS, CLASSES, WIDTH),
         peers={TORCHTUNE: plain.torchtune_chunks, LIGER: partial(peers.liger_head, 0.0), TORCH: peers.torch_linear_cross_entropy},
         targets=targets(TORCHTUNE, LIGER, TORCH),
     ),
     Case(
         name="linear_forward_kl_2048x151936_h512_bf16", op="linear_divergence", title="LM head + forward KL, bf16", shape=f"{ROWS}x{SHAPE}",
         dtype="bfloat16", inputs=partial(head, ROWS, CLASSES, WIDTH, torch.bfloat16), ours=ours, plain=plain.forward_kl,
-        traffic=traffic(ROWS, CLASSES, WIDTH, 2),
+        traffic=traffic(ROWS, CLASSES, WIDTH, 2), operations=operations(ROWS, CLASSES, WIDTH),
         peers={
             TORCHTUNE: plain.torchtune_chunks, LIGER: partial(peers.liger_head, 0.0),
         },
@@ -92,7 +97,7 @@ CASES = (
     Case(
         name="linear_js_512x151936_h512_bf16", op="linear_divergence", title="LM head + JS, bf16", shape=f"{ROWS // 4}x{SHAPE}",
         dtype="bfloat16", inputs=partial(head, ROWS // 4, CLASSES, WIDTH, torch.bfloat16), ours=partial(ours, kind="js"), plain=plain.js,
-        traffic=traffic(ROWS // 4, CLASSES, WIDTH, 2),
+        traffic=traffic(ROWS // 4, CLASSES, WIDTH, 2), operations=operations(ROWS // 4, CLASSES, WIDTH),
         peers={LIGER_JS: partial(peers.liger_head, 0.5)}, targets=targets(LIGER_JS),
     ),
 )  # fmt: skip
