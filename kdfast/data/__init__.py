@@ -13,6 +13,8 @@ TASKS = {
     "digits": "kdfast.data.digits:digits_task",
     "noisy_digits": "kdfast.data.digits:noisy_digits_task",
     "canvases": "kdfast.data.canvases:canvases_task",
+    "canvas_cnns": "kdfast.data.canvases:canvas_cnns_task",
+    "canvas_stages": "kdfast.data.canvas_stages:canvas_stages_task",
     "digit_diffusion": "kdfast.data.digit_diffusion:digit_diffusion_task",
     "digit_few": "kdfast.data.digit_few:digit_few_task",
     "digit_graph": "kdfast.data.digit_graph:digit_graph_task",

@@ -6,12 +6,13 @@ objects are in the segmentation benchmarks.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from kdfast.data.digits import digit_splits
@@ -24,6 +25,8 @@ SIZE, DIGIT = 32, 8
 BACKGROUND, IGNORE = 10, 255
 CLASSES = BACKGROUND + 1
 FAINT = 0.25  # ink up to this is the edge of a digit
+STUDENT_WIDTH, TEACHER_WIDTH = 6, 24  # of the CNNs where one teaches the other
+STUDENT_LR = 1e-2  # of the small students; chosen beside 3e-3 with labels alone, on the validation split of seed 0
 COUNTS = {"student": 400, "val": 100, "test": 200}
 
 
@@ -38,6 +41,12 @@ def canvas_splits(seed: int) -> dict[str, Rows]:
         images, labels = digits[sources[name]].tensors
         splits[name] = Rows(*canvases(images, labels, count, random))
     return splits
+
+
+def taught_canvas_splits(seed: int) -> dict[str, Rows]:
+    """`canvas_splits` with a "teacher" who learns from the canvases that the student learns from."""
+    splits = canvas_splits(seed)
+    return splits | {"teacher": splits["student"]}
 
 
 def canvases(images: Tensor, labels: Tensor, count: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -70,19 +79,20 @@ def _places(number: int, random: np.random.Generator) -> list[tuple[int, int]]:
 
 # ---------------------------------------------------------------- students
 class SegmentationCNN(nn.Module):
-    """Encoder and decoder with skips, 63k weights: [B, 1, 32, 32] -> [B, 11, 32, 32].
+    """Encoder and decoder with skips, 63k weights at width 16: [B, 1, 32, 32] -> [B, 11, 32, 32].
 
-    `low` returns the first map after the stem [B, 32, 16, 16], `high` the encoder's last one [B, 48, 8, 8].
+    `low` returns the first map after the stem [B, 2 width, 16, 16], `high` the encoder's last one [B, 3 width, 8, 8].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.stem = conv_block(1, 16)
-        self.low = nn.Sequential(nn.MaxPool2d(2), conv_block(16, 32))
-        self.high = nn.Sequential(nn.MaxPool2d(2), conv_block(32, 48), conv_block(48, 48))
+        one, two, three, middle = width, 2 * width, 3 * width, 3 * width // 2
+        self.stem = conv_block(1, one)
+        self.low = nn.Sequential(nn.MaxPool2d(2), conv_block(one, two))
+        self.high = nn.Sequential(nn.MaxPool2d(2), conv_block(two, three), conv_block(three, three))
         self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-        self.middle, self.last = conv_block(48 + 32, 24), conv_block(24 + 16, 16)
-        self.head = nn.Conv2d(16, CLASSES, 1)
+        self.middle, self.last = conv_block(three + two, middle), conv_block(middle + one, one)
+        self.head = nn.Conv2d(one, CLASSES, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         stem = self.stem(x)
@@ -132,7 +142,7 @@ class _Blocks(nn.Module):
         return tokens_to_map(self.blocks(tokenize_feature_map(maps)), class_tokens=0)
 
 
-def _rise_and_fall(optimizer: Optimizer, steps: int) -> LambdaLR:
+def rise_and_fall(optimizer: Optimizer, steps: int) -> LambdaLR:
     """Rate: up over the first 20 steps, then constant, in the last 30 % linearly to 0, so that batch norms settle before the test."""
 
     def share(step: int) -> float:
@@ -160,6 +170,23 @@ def canvases_task() -> Task:
         eval_every=25,
         batch_size=16,
         lr=3e-3,
-        scheduler=_rise_and_fall,
+        scheduler=rise_and_fall,
         threads=1,
+    )
+
+
+def canvas_cnns_task() -> Task:
+    """Eleven classes per pixel; a CNN of width 6 with 9k weights, for teachers that are trained one of width 24 with 141k."""
+    return dataclasses.replace(
+        canvases_task(),
+        name="canvas_cnns",
+        title="handwritten digits (scikit-learn) on 32x32 canvases, a class per pixel, CNNs of two widths",
+        splits=taught_canvas_splits,
+        student=partial(SegmentationCNN, STUDENT_WIDTH),
+        teacher=partial(SegmentationCNN, TEACHER_WIDTH),
+        peers=False,
+        widths={"low": (2 * STUDENT_WIDTH, 2 * TEACHER_WIDTH), "high": (3 * STUDENT_WIDTH, 3 * TEACHER_WIDTH)},
+        hints={"image_channels": 1},
+        optimizer=partial(AdamW, lr=STUDENT_LR),
+        teacher_steps=250,
     )

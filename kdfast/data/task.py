@@ -86,7 +86,7 @@ class Task:
     peers: bool = False
     score_both: bool = True
     layers: Mapping[str, tuple[str | None, str | None]] = field(default_factory=dict)
-    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    widths: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     dim: int = -1
     ignore_index: int = -100
     classes: int | None = None

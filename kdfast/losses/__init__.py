@@ -1,5 +1,6 @@
 """Drop-in losses: functions first, each with an nn.Module twin of the same options."""
 
+from kdfast.losses.channel_wise import ChannelWiseKDLoss, channel_wise_kd_loss
 from kdfast.losses.cross_entropy import CrossEntropyLoss, cross_entropy_loss, entropy_rows
 from kdfast.losses.divergence import (
     DistillationLoss,
@@ -47,6 +48,7 @@ from kdfast.losses.uld import ULDLoss, uld_loss
 from kdfast.ops.sparse_divergence import SampledTeacher, TopKTeacher
 
 __all__ = [
+    "ChannelWiseKDLoss",
     "CrossEntropyLoss",
     "DKDLoss",
     "DistillationLoss",
@@ -72,6 +74,7 @@ __all__ = [
     "ULDLoss",
     "UniformKLLoss",
     "UsageCVLoss",
+    "channel_wise_kd_loss",
     "cross_entropy_loss",
     "distillation_loss",
     "divergence_loss",

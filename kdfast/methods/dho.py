@@ -18,7 +18,6 @@ The head of the labels never sees an unlabelled image: ce_u is not used.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from kdfast.losses import LossOutput, cross_entropy_loss, kd_loss
 from kdfast.methods._protocol import Context, Setup
 from kdfast.methods._protocol import Method as MethodBase
 from kdfast.nn import DualHead, DualOutput, dual_heads, replace_head
+from kdfast.weights import BestWeights
 
 ALPHAS = tuple(i / 20 for i in range(21))
 BETAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 4.0)
@@ -202,8 +202,6 @@ class Method(MethodBase):
         head: dotted path of the student's head, default its last nn.Linear. Others: `dho_loss`.
     """
 
-    best_accuracy: Tensor
-
     def __init__(
         self, *, temperature: float = 2.0, ce_weight: float = 0.5, kd_weight: float = 0.5, heads: int = 2, normalize: bool = False,
         search: str = "epoch", alpha: float = 0.5, beta: float = 0.5, head: str | None = None, ignore_index: int = -100,
@@ -214,8 +212,7 @@ class Method(MethodBase):
         for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
             check_number(name, value, low=0.0)
         self.heads, self.head, self.search = heads, head, check_choice("search", search, SEARCHES)
-        self.best = nn.ModuleDict()  # the student of the best epoch
-        self.register_buffer("best_accuracy", torch.zeros(()))
+        self.best: BestWeights | None = None  # the student of the best epoch
         self.voting: dict[str, Any] = {"alpha": alpha, "beta": beta, "normalize": normalize}
         VotingHeads(nn.Linear(1, 1), **self.voting)  # a wrong number is refused now
         self.options: dict[str, Any] = {
@@ -228,7 +225,7 @@ class Method(MethodBase):
         if not dual_heads(student):
             student = replace_head(student, lambda head: VotingHeads(head, **self.voting), self.head)
         if self.search == "epoch":
-            self.best = nn.ModuleDict({"student": copy.deepcopy(student)}).requires_grad_(False)
+            self.best = BestWeights(student)
         return student
 
     def forward(self, context: Context) -> LossOutput:
@@ -238,18 +235,14 @@ class Method(MethodBase):
         return dho_loss(ce, kd, context.labels, context.teacher, **self.options)
 
     def after_epoch(self, setup: Setup) -> None:
-        if not self.best or not setup.has_val:
-            return
-        accuracy = self._search(setup)
-        if accuracy > self.best_accuracy:
-            self.best_accuracy.fill_(accuracy)
-            self.best["student"].load_state_dict(setup.student.state_dict())
+        if self.best is not None and setup.has_val:
+            self.best.offer(setup.student, self._search(setup))
 
     def deploy(self, setup: Setup) -> nn.Module:
         if self.heads == 1 or self.search == "none":
             return setup.student
-        if self.best and self.best_accuracy > 0:
-            return self.best["student"]
+        if self.best is not None and self.best.score > 0:
+            return self.best.model
         self._search(setup)
         return setup.student
 

@@ -6,12 +6,14 @@ from kdfast.nn.expert_parallel import expert_parallel, expert_parameter_names
 from kdfast.nn.heads import DualHead, DualOutput, dual_heads, remove_dual_heads, replace_head
 from kdfast.nn.masks import FeatureMask, attach_mask
 from kdfast.nn.modes import evaluating
+from kdfast.nn.patches import OverlapPatchEmbedding, Pyramid
 from kdfast.nn.prototypes import PrototypeAugment, PrototypeLearner, prototype_attention, soft_vlad
 from kdfast.nn.sparse_moe import SparseMoE, moe_losses
 from kdfast.nn.tokens import align_maps, tokenize_feature_map, tokens_to_map
 
 __all__ = [
-    "DualHead", "DualOutput", "FeatureMask", "PrototypeAugment", "PrototypeLearner", "SparseMoE", "align_maps", "attach_mask", "capture_outputs", "conv_block", "dual_heads",
+    "DualHead", "DualOutput", "FeatureMask", "OverlapPatchEmbedding", "PrototypeAugment", "PrototypeLearner", "Pyramid", "SparseMoE", "align_maps", "attach_mask",
+    "capture_outputs", "conv_block", "dual_heads",
     "evaluating", "expert_parallel", "expert_parameter_names", "moe_losses", "prototype_attention", "remove_dual_heads", "replace_head", "soft_vlad", "tokenize_feature_map",
     "tokens_to_map",
 ]  # fmt: skip

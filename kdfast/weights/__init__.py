@@ -1,5 +1,6 @@
-"""Arithmetic of models' weights: averages and interpolation of state dicts."""
+"""Weights of models: averages and interpolation of state dicts, the best epoch kept."""
 
 from kdfast.weights.averaging import average, interpolate_
+from kdfast.weights.best import BestWeights
 
-__all__ = ["average", "interpolate_"]
+__all__ = ["BestWeights", "average", "interpolate_"]

@@ -219,9 +219,9 @@ def test_by_name_the_best_epoch_is_kept_with_its_pair(tmp_path):
     model = run.deploy(val)
     assert all(torch.equal(value, states[best][name]) for name, value in model.state_dict().items())
     assert run.evaluate(val, model)["accuracy"] == pytest.approx(max(accuracies))
-    assert run.method.best_accuracy.item() == pytest.approx(100 * max(accuracies))
+    assert run.method.best.score.item() == pytest.approx(100 * max(accuracies))
     run_to(3, out=tmp_path)
     resumed, *_ = run_to(6, out=tmp_path)  # what was best before the stop is known after it
-    assert resumed.method.best_accuracy == run.method.best_accuracy
+    assert resumed.method.best.score == run.method.best.score
     again = resumed.deploy(val).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
