@@ -88,7 +88,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "lad", 15, "Make a Strong Teacher with Label Assistance: A Novel Knowledge Distillation Approach for Semantic Segmentation",
-        "2407.13254", 2024, task="canvases", needs=("teacher that reads labels", "pixel labels"), ops=("divergence",), parts=("stages",), status="planned",
+        "2407.13254", 2024, task="canvas_cnns", needs=("teacher that reads labels", "pixel labels"), ops=("divergence",), parts=("channel-wise KD", "best epoch", "stages"), status="ready",
     ),
     Row(
         "sinkd", 16, "Sinkhorn Distance Minimization for Knowledge Distillation",

@@ -43,8 +43,9 @@ Measure = Callable[[Distiller, Mapping[str, DataLoader]], dict[str, float]]
 class Arm:
     """One way to train the student: a method's slug, or None for labels alone.
 
-    student: a model of the method's own. start: an earlier arm, whose trained student this one goes on from. rounds: times the
-    steps of the run, where an arm sees fewer images in a step than another. Without a method the options are those of `Labels`.
+    student: a model of the method's own. start: an earlier arm, whose trained student this one goes on from. teacher: an earlier arm,
+    whose trained student is this one's teacher. rounds: times the steps of the run, where an arm sees fewer images in a step than
+    another. Without a method the options are those of `Labels`.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Arm:
     student: Callable[[], nn.Module] | None = None
     start: str | None = None
     rounds: int = 1
+    teacher: Arm | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,10 @@ def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
         if getattr(made, "trains_teacher", False) != task.peers:
             kinds = {True: "two students that teach each other", False: "a trained teacher"}
             raise ValueError(f"method: {slug} is for {kinds[not task.peers]}, {task.name} has {kinds[task.peers]}")
-        arms.append(Arm(slug, slug, bound, start="ce" if getattr(kind, "starts_trained", False) else None))
+        own = getattr(kind, "own_teacher", None)
+        teacher = None if own is None else Arm(f"{slug} teacher", slug, {**bound, **own})
+        start = "ce" if getattr(kind, "starts_trained", False) else None
+        arms += ([] if teacher is None else [teacher]) + [Arm(slug, slug, bound, start=start, teacher=teacher)]
     return arms
 
 
@@ -165,6 +170,7 @@ def run(
             arm.name: {"method": arm.method, "options": dict(arm.options)}
             | ({"rounds": arm.rounds} if arm.rounds > 1 else {})
             | ({"start": arm.start} if arm.start else {})
+            | ({"teacher": arm.teacher.name} if arm.teacher else {})
             for arm in arms
         }
     out = Path(out)
@@ -225,9 +231,18 @@ def _teacher(task: Task, arms: Sequence[Arm]) -> tuple[str, ...]:
 
 
 def _taught(task: Task, arm: Arm) -> bool:
-    """Whether an arm reads a trained teacher."""
-    alone = task.peers or arm.student is not None or arm.method is None
-    return not alone and bool(getattr(load(arm.method or ""), "uses_teacher", True))
+    """Whether an arm reads the task's trained teacher."""
+    alone = task.peers or arm.student is not None or arm.method is None or arm.teacher is not None
+    return not alone and _uses_teacher(task, arm)
+
+
+def _uses_teacher(task: Task, arm: Arm) -> bool:
+    """Whether an arm's method has a second network, with its options."""
+    slug = arm.method or ""
+    widths = [task.widths] if getattr(load(slug), "captures", ()) else []
+    with torch.random.fork_rng(devices=[]):  # a method that is made to be asked draws nothing from the run
+        made = load(slug)(*widths, **bind(task, slug, arm.options))
+    return bool(getattr(made, "uses_teacher", True))
 
 
 def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
@@ -239,7 +254,8 @@ def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
 def _train_arm(
     task: Task, arm: Arm, seed: int, *, steps: int, out: Path, measure: Measure | None = None
 ) -> dict[str, Any]:
-    taught = out / "runs" / f"teacher-{seed}.safetensors" if _taught(task, arm) else None
+    teacher = arm.teacher.name if arm.teacher else "teacher" if _taught(task, arm) else None
+    taught = None if teacher is None else out / "runs" / f"{teacher}-{seed}.safetensors"
     start = None if arm.start is None else out / "runs" / f"{arm.start}-{seed}.safetensors"
     distiller = distiller_of(task, arm, seed, taught, start)
     return _fit(
@@ -265,6 +281,9 @@ def distiller_of(
     student, other = models(task, seed)
     if start is not None:
         load_model(student, start)
+    uses = arm.method is not None and _uses_teacher(task, arm)
+    if arm.teacher is not None:
+        other = distiller_of(task, arm.teacher, seed).student
     torch.manual_seed(seed)  # for the parameters of the method
     if taught is not None:
         load_model(other, taught)
@@ -272,7 +291,7 @@ def distiller_of(
         labels = Labels(task.ignore_index, trains_teacher=task.peers, **arm.options)
         return Distiller(student, other if task.peers else None, labels, **common)
     kind = load(arm.method)
-    wanted, uses = getattr(kind, "captures", ()), getattr(kind, "uses_teacher", True)
+    wanted = getattr(kind, "captures", ())
     return Distiller(
         student, other if uses else None, arm.method, options=bind(task, arm.method, arm.options),
         capture={name: task.layers[name] if uses else (task.layers[name][0], None) for name in wanted},

@@ -8,6 +8,7 @@ attributes are optional, and the base class `Method` holds their defaults; a pla
     trains_teacher  True: the second network learns too (two students that teach each other)
     starts_trained  True: the student has been trained before (a run by name takes the one that learned from labels alone)
     uses_teacher    False: there is no second network (a run by name leaves the teacher out)
+    own_teacher     options with which the method first trains its teacher, from the student's network (a run by name)
     choose          the part of the training data that a run by name takes, before its first step
     adapt           student -> student, once, when the Distiller is made (another head, several heads)
     start           called before the first step of `fit` with a Setup (class means, subclass directions, scores)
@@ -118,7 +119,8 @@ class Method(nn.Module):
     columns: ClassVar[tuple[str, ...]] = ()
     trains_teacher: ClassVar[bool] = False
     starts_trained: ClassVar[bool] = False
-    uses_teacher: ClassVar[bool] = True
+    uses_teacher: bool = True  # an option may decide it
+    own_teacher: ClassVar[Mapping[str, Any] | None] = None
 
     def forward(self, context: Context) -> LossOutput:
         raise NotImplementedError(f"{type(self).__module__}.Method must define forward(context) -> LossOutput")
