@@ -287,6 +287,11 @@ def vocab_parallel_total(
     inputs: Inputs, o: Options, shard: Shard, total, *, rows: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `linear_divergence_total`, on every rank of shard.group at once, forward and backward."""
+    if torch.is_grad_enabled() and inputs.row_weight is not None and inputs.row_weight.requires_grad:
+        raise ValueError("weight: expected one without a gradient with a process_group, got one that requires grad")
+    # A rank's default is that of its own classes; the chunks that the ranks exchange are the same ones.
+    own = torch.tensor([o.chunk_rows], device=_device(shard.group))
+    o = o._replace(chunk_rows=int(_gathered(own, shard.group).min()))
     if not torch.is_grad_enabled():  # inside a Function the need would still be reported
         inputs = Inputs(*(t if t is None else t.detach() for t in inputs))  # type: ignore[arg-type]
     return _VocabParallel.apply(*inputs, o, shard, rows, total)

@@ -42,8 +42,11 @@ def test_ranks_equal_one_process(world, tmp_path):
     # bf16 logits are rounded by products of other shapes: a neighbouring number now and then, 2^-8 of it
     want = vocab.run("hidden", {"kind": "js"}, dtype=torch.bfloat16)
     compare("bf16", [rank["results"]["bf16"] for rank in ranks], want, "hidden", rtol=2e-2, atol=2e-2)
+    alone = vocab.by_default_chunks(0, 1, None)
     for rank in ranks:
+        torch.testing.assert_close(rank["by default"], alone, rtol=1e-9, atol=1e-11)
         assert "process_group: expected heads split alike" in rank["error"]
+        assert rank["error of a weight"].startswith("weight: expected one without a gradient with a process_group")
 
 
 def compare(name, ranks, want, source, rtol, atol):

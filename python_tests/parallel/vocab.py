@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from kdfast.losses import SampledTeacher, TopKTeacher, linear_distillation_loss
+from kdfast.ops import linear_chunks
 from kdfast.ops.vocab_parallel import SPLIT_KINDS
 
 N, D, DT, V = 9, 6, 7, 22
@@ -93,12 +94,35 @@ def run(source, options, rank=0, world=1, group=None, dtype=torch.float64):
     }
 
 
+def by_default_chunks(rank, world, group):
+    """Rows enough for several chunks of the default size, which for 10 classes would be of 32 rows and for 12 of 16."""
+    before, linear_chunks.CHUNK_BYTES = linear_chunks.CHUNK_BYTES, 4 * 10 * 32
+    h, w, *_, labels = data()
+    h, labels = h.repeat(6, 1), labels.repeat(6)
+    ends = [round(V * i / world) - (i == 1 and world > 1) for i in range(world + 1)]
+    part = w[ends[rank] : ends[rank + 1]]
+    try:
+        return linear_distillation_loss(h, part, h.flip(1), labels, teacher_weight=part, process_group=group).loss
+    finally:
+        linear_chunks.CHUNK_BYTES = before
+
+
 def raises(rank, group):
     """Heads of two sizes on one rank: every rank says so instead of waiting for the others."""
     h, w, *_, labels = data()
     wt = torch.randn(len(w) + rank, D, dtype=torch.float64)
     try:
         linear_distillation_loss(h, w, h, labels, teacher_weight=wt, process_group=group)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def raises_for_a_learned_weight(group):
+    h, w, *_, labels = data()
+    weight = torch.ones(N, dtype=torch.float64, requires_grad=True)
+    try:
+        linear_distillation_loss(h, w, h, labels, teacher_weight=w, weight=weight, process_group=group)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -118,5 +142,7 @@ if __name__ == "__main__":
         ).loss
         assert not silent.requires_grad
         F.cross_entropy(h @ w.T, labels)
-    torch.save({"results": results, "error": raises(rank, group)}, f"{sys.argv[1]}/rank-{rank}.pt")
+    found = {"results": results, "by default": by_default_chunks(rank, world, group), "error": raises(rank, group)}
+    found["error of a weight"] = raises_for_a_learned_weight(group)
+    torch.save(found, f"{sys.argv[1]}/rank-{rank}.pt")
     dist.destroy_process_group()
