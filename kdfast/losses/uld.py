@@ -12,6 +12,7 @@ from kdfast._checks import check_choice, check_float_tensor, check_int, check_nu
 from kdfast._library import compute_dtype, first_derivative_only
 from kdfast.losses.divergence import REDUCTIONS, reduce_rows
 from kdfast.losses.module import LossModule
+from kdfast.ops.linear_chunks import stored
 
 CHUNK_BYTES = 64 << 20  # of one buffer of probabilities
 
@@ -93,7 +94,7 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, t: float, t_teacher: float, top_k: int | None) -> Tensor:
         dtype, (n, v), v_teacher = compute_dtype(student, teacher), student.shape, teacher.shape[1]
         rows = student.new_empty(n, dtype=dtype)
-        grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        grad = torch.empty_like(student, dtype=stored(student)) if ctx.needs_input_grad[0] else None
         step = max(1, CHUNK_BYTES // (max(v, v_teacher) * dtype.itemsize))
         for start in range(0, n, step):
             part = slice(start, start + step)
@@ -113,6 +114,7 @@ class _Rows(torch.autograd.Function):
             row_grad = p * (slope - (p * slope).sum(-1, keepdim=True)) / t
             grad[part] = row_grad.masked_fill_(empty.unsqueeze(-1), 0.0).to(grad.dtype)
         ctx.save_for_backward(grad)
+        ctx.dtype = student.dtype
         return rows
 
     @staticmethod
@@ -120,7 +122,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         factor = grad_rows.unsqueeze(-1)  # 0: a masked row, whose logits may be anything
-        return (grad * factor).masked_fill_(factor == 0, 0.0).to(grad.dtype), None, None, None, None
+        return (grad * factor).masked_fill_(factor == 0, 0.0).to(ctx.dtype), None, None, None, None
 
 
 def _largest(probs: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,17 @@ def test_low_precision_and_masks(dtype):
     assert uld_loss(student, teacher, mask=torch.zeros(5, dtype=torch.bool)).item() == 0
 
 
+def test_float16_gradients_do_not_underflow_before_the_loss_scaler():
+    """A probability of 1e-8 is no float16 number, but is one times the scaler's factor."""
+    student = torch.cat((torch.zeros(3, 1), torch.full((3, 20), -18.0)), 1).half().requires_grad_()
+    teacher = torch.zeros(3, 21).half()
+    wide = student.detach().double().requires_grad_()
+    for x in (student, wide):
+        (65536 * uld_loss(x, teacher.to(x.dtype))).backward()
+    assert student.grad.dtype == torch.float16 and wide.grad[:, 1:].abs().min() > 1e-4
+    torch.testing.assert_close(student.grad[:, 1:].double(), wide.grad[:, 1:], rtol=2**-9, atol=0)
+
+
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_rows_and_classes_of_minus_infinity(top_k):
     student, teacher = logits(4, 9, 10), logits(4, 12, 11)
