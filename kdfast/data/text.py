@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def token_rows(
         tokenizer: of transformers or of tokenizers, or the name or folder of one.
         packing: rows of `max_length` tokens from joined documents, else one document per row. (A thousand documents are joined at
             a time, so one row in each thousand documents is shorter.)
-        column: of the text. A dataset with a column "input_ids" (and "labels") is taken as it is, cut at max_length.
+        column: of the text. A dataset with a column "input_ids" is taken as it is, cut at max_length, without the tokens whose
+            "attention_mask" is 0 if it has one; its "labels", if any, are the tokens or -100.
         split, config, revision: as in `datasets.load_dataset`. limit: the first so many documents. num_proc: processes that tokenize;
             with packing each joins its own share of the documents, so another number gives other rows.
 
@@ -93,15 +95,14 @@ def token_rows(
 
     def work(batch: Mapping[str, list]) -> dict[str, list]:
         if ready:
-            tokens = batch["input_ids"]
-            keep = [[label != IGNORE for label in row] for row in batch["labels"]] if "labels" in batch else None
+            tokens, keep = _unpadded(batch)
         else:
             tokens, keep = [_ended(row, eos) for row in encode(tokenizer, batch[column])], None
         if packing:
             keep = [[True] * len(row) for row in tokens] if keep is None else keep
             keep = [[False, *row[1:]] if row else [] for row in keep]  # an empty document has no first token
             tokens, keep = _packed(tokens, max_length), _packed(keep, max_length)
-        columns = {"input_ids": [row[:max_length] for row in tokens if row]}
+        columns: dict[str, list] = {"input_ids": [row[:max_length] for row in tokens if row]}
         columns["length"] = [len(row) for row in columns["input_ids"]]
         if keep is not None:
             columns["keep"] = [row[:max_length] for row in keep if row]
@@ -110,7 +111,7 @@ def token_rows(
     # What a vocabulary does not tell: special tokens, merges, normaliser. Packing joins what one process was given.
     probe = [] if ready else encode(tokenizer, ["Two words,\n\tÄ 12345", "x"])
     shares = (num_proc or 1) if packing else 0
-    options = json.dumps([shares, max_length, column, eos, tokenizer_fingerprint(tokenizer), probe])
+    options = json.dumps([shares, max_length, column, eos, tokenizer_fingerprint(tokenizer), probe, ready])
     name = hashlib.sha256(f"kdfast {documents._fingerprint} {options}".encode()).hexdigest()[:16]
     masked = packing or (ready and "labels" in documents.column_names)
     table = documents.map(
@@ -223,6 +224,28 @@ def name_tokens(differing: Mapping[int, tuple[str | None, str | None]]) -> str:
 # ---------------------------------------------------------------- pieces
 def _ended(tokens: list[int], eos: int | None) -> list[int]:
     return tokens if eos is None or not tokens or tokens[-1] == eos else [*tokens, eos]
+
+
+def _unpadded(batch: Mapping[str, list]) -> tuple[list[list[int]], list[list[bool]] | None]:
+    """(tokens, which have a label or None for all) of rows of token ids, which may be padded."""
+    tokens, labels = batch["input_ids"], batch.get("labels")
+    if labels is not None:
+        for row, wanted in zip(tokens, labels):
+            if len(row) != len(wanted) or any(label not in (token, IGNORE) for token, label in zip(row, wanted)):
+                raise ValueError(
+                    f"data: expected labels that are the input_ids or {IGNORE}, not shifted, got "
+                    f"input_ids {_some(row)} and labels {_some(wanted)}"
+                )
+    keep = None if labels is None else [[label != IGNORE for label in row] for row in labels]
+    if "attention_mask" in batch:
+        masks = batch["attention_mask"]
+        tokens = [list(compress(row, mask)) for row, mask in zip(tokens, masks)]
+        keep = None if keep is None else [list(compress(row, mask)) for row, mask in zip(keep, masks)]
+    return tokens, keep
+
+
+def _some(row: list[int]) -> str:
+    return str(row) if len(row) <= 8 else f"{row[:8]} of {len(row)}"
 
 
 def _packed(rows: list[list], length: int) -> list[list]:

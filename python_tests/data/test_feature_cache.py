@@ -107,6 +107,7 @@ def test_what_is_wrong_is_said(net, data, tmp_path):
         ({"output": "map"}, "output: expected another name than the layers', got 'map'"),
         ({"layers": {"map": "sten"}}, "has no submodule 'sten'; near names: stem"),
         ({"dtype": "int8"}, "dtype: expected one of float16"),
+        ({"rows": []}, "data: expected at least one row, got none"),
     ):
         with pytest.raises(ValueError, match=message):
             run(**options)

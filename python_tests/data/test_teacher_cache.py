@@ -174,6 +174,8 @@ def test_bad_arguments_and_broken_teachers(rows, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(**options)
+    with pytest.raises(ValueError, match="data: expected at least one row, got none"):
+        cache_teacher(llama(), [], tmp_path / "a")
     with pytest.raises(TypeError, match="model: expected a causal LM of transformers, got Linear"):
         cache_teacher(torch.nn.Linear(2, 2), rows, tmp_path / "a")
     with pytest.raises(ValueError, match="labels that are the tokens or -100, in row 1"):

@@ -91,6 +91,27 @@ def test_token_ids_are_taken_as_they_are():
     assert as_lists(packed) == [[5, 6, 7, 8], [9, 3]] and packed[1]["labels"].tolist() == [-100, 3]
 
 
+def test_padding_in_a_table_is_no_text():
+    """On either side, in rows made with padding="max_length"."""
+    rows, pads = [[5, 6, 7, 8], [9, 3]], [[5, 6, 7, 8, 1, 1], [1, 1, 1, 1, 9, 3]]
+    columns = {"input_ids": pads, "attention_mask": [[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]}
+    for more, labels in (
+        ({}, rows),
+        ({"labels": [[-100, 6, 7, 8, -100, -100], [-100] * 5 + [3]]}, [[-100, 6, 7, 8], [-100, 3]]),
+    ):
+        found = text.token_rows(datasets.Dataset.from_dict(columns | more), None, max_length=6)
+        assert as_lists(found) == rows and [found[i]["labels"].tolist() for i in (0, 1)] == labels
+
+
+@pytest.mark.parametrize("labels", [[[6, 7, 8, -100]], [[5, 6]]], ids=["shifted", "short"])
+def test_labels_in_a_table_are_its_tokens(labels):
+    table = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8]], "labels": labels})
+    with pytest.raises(
+        ValueError, match=r"data: expected labels that are the input_ids or -100, not shifted, got input_ids \[5, 6"
+    ):
+        text.token_rows(table, None)
+
+
 def test_other_names_are_ids_on_the_hub(monkeypatch):
     asked = []
     table = datasets.Dataset.from_dict({"content": TEXTS[:2]})

@@ -64,13 +64,15 @@ def cache_features(
         raise ValueError("layers: expected at least one submodule, or a name for output, got neither")
     if output in layers:
         raise ValueError(f"output: expected another name than the layers', got {output!r}")
+    count = len(data)  # type: ignore[arg-type]
+    if count == 0:
+        raise ValueError("data: expected at least one row, got none")
     out = Path(out)
     model.to(processes().device)
     make = _Features(model, data, layers, output, DTYPES[dtype], batch_size, collate)
     with evaluating(model), torch.no_grad():
         shapes = {name: list(tensor.shape[1:]) for name, tensor in make.batch(range(1)).items()}
         per_row = sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype].itemsize
-        count = len(data)  # type: ignore[arg-type]
         if rows_per_shard is None:
             shards = max(-(-per_row * count // SHARD_BYTES), 16)
             rows_per_shard = -(-max(count // shards, 1) // batch_size) * batch_size

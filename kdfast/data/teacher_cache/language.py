@@ -242,7 +242,9 @@ def logit_chunks(states: States, kept: Tensor, classes: int) -> Iterator[Tensor]
 # ---------------------------------------------------------------- arguments
 def _rows(data: Any, tokenizer: Any, text: Mapping[str, Any]) -> Any:
     rows: Any = data
-    sequence = isinstance(data, (Dataset, Sequence)) and not isinstance(data, str) and len(rows) > 0
+    sequence = isinstance(data, (Dataset, Sequence)) and not isinstance(data, str)
+    if sequence and len(rows) == 0:
+        raise ValueError("data: expected at least one row, got none")
     ready = isinstance(data, TokenRows) or (sequence and isinstance(rows[0], Mapping))
     if not ready:
         return token_rows(data, tokenizer, **text)
