@@ -226,7 +226,7 @@ def _ended(tokens: list[int], eos: int | None) -> list[int]:
     return tokens if eos is None or not tokens or tokens[-1] == eos else [*tokens, eos]
 
 
-def _unpadded(batch: Mapping[str, list]) -> tuple[list[list[int]], list[list[bool]] | None]:
+def _unpadded(batch: Mapping[str, list]) -> tuple[list[list], list[list] | None]:
     """(tokens, which have a label or None for all) of rows of token ids, which may be padded."""
     tokens, labels = batch["input_ids"], batch.get("labels")
     if labels is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kdfast.losses import LossOutput, cross_entropy_loss, distillation_loss, linear_distillation_loss, sparse_kd_loss
 from kdfast.nn.causal_lm import Reader, States
+from kdfast.ops.divergence import _check_kind
 from kdfast.ops.linear_divergence import head_logits
 from kdfast.ops.sparse_divergence import SampledTeacher, TopKTeacher
 
@@ -106,6 +107,7 @@ class CausalLMLoss:
         chunk_rows: int | None = None,
         use_logits: bool = False,
     ) -> None:
+        _check_kind(kind, beta)  # before models are run
         self.options: dict[str, Any] = {
             "kind": kind, "beta": beta, "temperature": temperature, "scale_t2": scale_t2, "vocab_size": vocab_size,
         }  # fmt: skip
@@ -137,14 +139,14 @@ class CausalLMLoss:
         def run(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> LossOutput:
             return self.compare(self.readers["student"](student, inputs, forward), known, labels, reduction=reduction)
 
-        return through(wrapper or student, student, run, inputs)
+        return through(student if wrapper is None else wrapper, student, run, inputs)
 
     @torch.no_grad()
     def teach(self, teacher: nn.Module, inputs: Mapping[str, Any], wrapper: nn.Module | None = None) -> States:
         """The teacher's side of a batch."""
         if teacher.training:
             teacher.eval()
-        wrapper = wrapper or teacher
+        wrapper = teacher if wrapper is None else wrapper
 
         def run(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> States:
             rows, head, _ = self.readers["teacher"](teacher, inputs, forward)
@@ -187,8 +189,12 @@ class CausalLMLoss:
             )  # fmt: skip
         keep, classes = labels != IGNORE, self.options["vocab_size"]
         kd = sparse_kd_loss(student.rows, known, mask=keep, reduction=reduction, **self.options)
-        ce = cross_entropy_loss(student.rows[..., :classes], labels, reduction=reduction)
-        return LossOutput(ce_weight * ce + self.kd_weight * kd, {"ce": ce.detach(), "kd": kd.detach()})
+        parts = {"kd": kd.detach(), "ce": torch.zeros_like(kd)}
+        loss = self.kd_weight * kd if self.kd_weight != 0 else torch.zeros_like(kd)  # 0 times infinity is not 0
+        if ce_weight != 0:
+            ce = cross_entropy_loss(student.rows[..., :classes], labels, reduction=reduction)
+            loss, parts["ce"] = loss + ce_weight * ce, ce.detach()
+        return LossOutput(loss, parts)
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 try:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -89,7 +90,7 @@ class KDTrainer(Trainer):
         model: a causal language model, or its name or folder.
         teacher_model: the teacher, instead of `args.teacher_model`; frozen, on the student's device, sharded with FSDP if it is.
         teacher_cache: a `TeacherCache` or its folder, instead of `args.teacher_cache`. Without a train_dataset its rows are trained on;
-            batches of another hold `row_id`, and are padded on the right.
+            a part of them, and others for evaluation, are `Subset`s of it. Batches of another data set hold `row_id`, and are padded on the right.
         teacher_processing_class: the teacher's tokenizer, checked to mean the same tokens as `processing_class` by the first
             `vocab_size` ids (None: by all). With a teacher given by name it is loaded.
         Others: as in Trainer.
@@ -100,10 +101,10 @@ class KDTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | Path,
         args: KDTrainingArguments | None = None,
         *positional: Any,
-        teacher_model: nn.Module | str | None = None,
+        teacher_model: nn.Module | str | Path | None = None,
         teacher_cache: Any = None,
         teacher_processing_class: Any = None,
         **options: Any,
@@ -119,7 +120,7 @@ class KDTrainer(Trainer):
             raise ValueError(
                 "label_smoothing_factor, compute_loss_func: this trainer has its own loss, so expected neither"
             )
-        if teacher is model:
+        if teacher is model and isinstance(model, nn.Module):
             raise ValueError(
                 "teacher_model: expected another model than the student, which a frozen teacher would freeze"
             )
@@ -127,19 +128,21 @@ class KDTrainer(Trainer):
             raise ValueError(f"on_policy: expected a share of the steps from 0 to 1, got {args.on_policy}")
         if args.on_policy and teacher is None:
             raise ValueError("on_policy: no cache has scored what the student will sample; expected a teacher_model")
-        if isinstance(model, str):
+        if isinstance(model, (str, Path)):
             # In float32: small steps round away in bfloat16 weights (bf16=True computes in bfloat16).
             wanted: Any = args.model_init_kwargs or {}
             model = load_model(model, {"dtype": "float32", **wanted})
-        if isinstance(teacher, str):
+        if isinstance(teacher, (str, Path)):
             if teacher_processing_class is None and options.get("processing_class") is not None:
                 teacher_processing_class = AutoTokenizer.from_pretrained(teacher)
             teacher = load_model(teacher, args.teacher_model_init_kwargs)
         if teacher_cache is not None:
             teacher_cache = open_cache(teacher_cache)
-            if options.get("train_dataset") is None and not positional:
-                options["train_dataset"] = teacher_cache
-                options.setdefault("data_collator", teacher_cache.collate)
+            if not positional:
+                if options.get("train_dataset") is None:
+                    options["train_dataset"] = teacher_cache
+                if options.get("data_collator") is None and is_of_cache(options["train_dataset"]):
+                    options["data_collator"] = teacher_cache.collate
         super().__init__(model, args, *positional, **options)
         if args.n_gpu > 1:
             raise ValueError(
@@ -263,8 +266,9 @@ class KDTrainer(Trainer):
             loss = loss.sum()
         if num_items_in_batch is None:
             loss = loss / kept.sum().clamp_min(1)
-        else:
-            loss = loss / num_items_in_batch
+        else:  # no item in any micro-batch: 0 and not 0 / 0
+            count = torch.as_tensor(num_items_in_batch, device=loss.device).clamp_min(1)
+            loss = loss / count
             if (
                 self.args.average_tokens_across_devices
             ):  # DDP takes the mean of processes, whose tokens are all in the count
@@ -323,13 +327,14 @@ class KDTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
         if (sums := self._seen.pop("eval", None)) is not None:
             means = self._means(sums)
-            means["loss"] = self.args.ce_weight * means["ce"] + self.args.kd_weight * means["kd"]
+            weights = {"ce": self.args.ce_weight, "kd": self.args.kd_weight}
+            means["loss"] = sum(w * means[name] for name, w in weights.items() if w != 0)  # 0 times infinity is not 0
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
 
 # ---------------------------------------------------------------- small parts
-def load_model(name: str, options: Any) -> Any:
+def load_model(name: str | Path, options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, **(options or {}))
 
 
@@ -339,6 +344,15 @@ def open_cache(cache: Any) -> Any:
     from kdfast.data.teacher_cache import TeacherCache
 
     return TeacherCache(cache)
+
+
+def is_of_cache(data: Any) -> bool:
+    """Whether its rows bring their lists along: a TeacherCache, or a Subset of one."""
+    from kdfast.data.teacher_cache import TeacherCache
+
+    while isinstance(data, Subset):
+        data = data.dataset
+    return isinstance(data, TeacherCache)
 
 
 def head_size(model: Any) -> int | None:

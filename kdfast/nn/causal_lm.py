@@ -66,7 +66,7 @@ class Reader:
         all_logits: bool = False,
     ) -> States:
         """One forward. forward: what to call instead of the model (`through`). all_logits: `outputs` has them all."""
-        forward = forward or model
+        forward = model if forward is None else forward  # a compiled model has a len(), which raises
         if "use_cache" in inspect.signature(type(model).forward).parameters:
             inputs = {"use_cache": False, **inputs}  # else keys and values of every layer are kept
         head = None if self.reason else self._head_module(model)

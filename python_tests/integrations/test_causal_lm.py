@@ -186,11 +186,13 @@ class OtherLinear(nn.Linear):
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
-@pytest.mark.parametrize("odd", ["logits", "layer"])
+@pytest.mark.parametrize("odd", ["logits", "layer", "compiled"])
 def test_falls_back_to_logits_and_says_why(pair, which, odd, caplog):
     model = lm.llama(VOCAB, 32, seed=5).double()
     if odd == "logits":
         model, reason = Tripled(model), "its logits are not its output layer's"
+    elif odd == "compiled":
+        model, reason = torch.compile(model, backend="eager"), "it is compiled"
     else:
         model.lm_head.__class__, reason = OtherLinear, "OtherLinear, not an nn.Linear"
     models = (model, pair[1]) if which == "student" else (pair[0], model)

@@ -13,6 +13,7 @@ from pathlib import Path
 import lm
 import pytest
 import torch
+from torch.utils.data import Subset
 
 pytest.importorskip("transformers")
 
@@ -148,6 +149,21 @@ def test_evaluation_is_the_mean_over_all_tokens(tmp_path):
     assert kd.state.log_history[-1]["eval_kd"] == metrics["eval_kd"]
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"use_logits": True}])
+def test_a_step_without_a_learned_token_changes_nothing(tmp_path, options):
+    """Not NaN, which 0 / 0 would put into every weight and the Trainer's filter would keep out of the logs."""
+
+    def unlearned(rows):
+        batch = ddp.padded()(rows)
+        return batch | {"labels": torch.full_like(batch["labels"], -100)}
+
+    kd = ddp.trainer(tmp_path, steps=2, data_collator=unlearned, logging_nan_inf_filter=False, **options)
+    before = {name: value.clone() for name, value in kd.model.state_dict().items()}
+    kd.train()
+    assert losses_of(kd) == [0, 0] and kd.evaluate()["eval_loss"] == 0
+    check_weights(kd.model.state_dict(), before, tolerance=0)
+
+
 def test_compute_metrics_sees_all_logits(tmp_path):
     kd = ddp.trainer(tmp_path, per_device_eval_batch_size=11)
     kd.evaluate()  # the heads are confirmed
@@ -172,6 +188,12 @@ def test_models_by_name_and_vocabularies(tmp_path, caplog):
     kd.train()
     assert kd.criterion.options["vocab_size"] == ddp.VOCAB and losses_of(kd)[0] > 1
     assert not any(parameter.requires_grad for parameter in kd.teacher.parameters())
+    for same in (
+        tmp_path / "student",
+        str(tmp_path / "student"),
+    ):  # the same weights twice, of which one set is trained
+        own = KDTrainer(same, teacher_model=same, processing_class=tokenizer, **options)
+        assert own.model is not own.teacher and own.model.lm_head.weight.requires_grad
     with pytest.raises(ValueError, match=r"vocab_size.*300 classes and the teacher 304"):
         KDTrainer(str(tmp_path / "student"), **options)
     with pytest.raises(ValueError, match=r"teacher_processing_class.*differ.*uld_loss"):
@@ -239,6 +261,10 @@ def test_wrong_arguments(tmp_path):
         KDTrainer(model, args=KDTrainingArguments(str(tmp_path)), teacher_model=model)
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         ddp.trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"kind: expected one of forward_kl, .* got 'jsd'"):
+        ddp.trainer(tmp_path, kind="jsd")
+    with pytest.raises(ValueError, match="beta: expected a finite number in"):
+        ddp.trainer(tmp_path, beta=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +288,23 @@ def test_a_teacher_cache_is_the_teacher(plain, cache, tmp_path, own_rows):
     kd.train()
     assert kd.teacher is None and losses_of(kd) == pytest.approx(losses, rel=2e-4)  # lists are float16
     check_weights(kd.model.state_dict(), weights, tolerance=2e-4)
+
+
+def test_parts_of_a_cache_train_and_evaluate(cache, tmp_path):
+    """Subsets bring the collate of the cache with them, and no row_id is looked up."""
+    train, held = Subset(cache, range(4, 16)), Subset(cache, range(4))
+    args = KDTrainingArguments(
+        str(tmp_path), teacher_cache=str(cache.shards.folder), temperature=2.0, kind="js", max_steps=2, report_to="none",
+        per_device_train_batch_size=3, use_cpu=True, disable_tqdm=True, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    kd = KDTrainer(
+        lm.llama(ddp.VOCAB, 32), args, train_dataset=train, eval_dataset=held, processing_class=lm.tokenizer(ddp.VOCAB)
+    )
+    batch = cache.collate([cache[i] for i in range(4)])
+    want = kd.criterion(kd.model, cache.pop_teacher(batch), batch)
+    assert kd.evaluate()["eval_loss"] == pytest.approx(want.loss.item(), rel=1e-5)
+    kd.train()
+    assert len(losses_of(kd)) == 2 and min(losses_of(kd)) > 1
 
 
 def test_wrong_caches(cache, tmp_path):
