@@ -116,7 +116,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "scalekd", 22, "ScaleKD: Strong Vision Transformers Could Be Excellent Teachers",
-        "2411.06786", 2024, task="digits", needs=("teacher", "features"), ops=("divergence",), parts=("query attention",), status="planned",
+        "2411.06786", 2024, task="digit_patches", needs=("teacher with a last stage", "features"), ops=("divergence",), parts=("query attention",), status="ready",
     ),
     Row(
         "bd_kd", 23, "BD-KD: Balancing the Divergences for Online Knowledge Distillation",

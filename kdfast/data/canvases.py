@@ -18,8 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from kdfast.data.digits import digit_splits
 from kdfast.data.task import Rows, Task
 from kdfast.metrics import mean_iou
-from kdfast.nn.blocks import conv_block
-from kdfast.nn.tokens import tokenize_feature_map, tokens_to_map
+from kdfast.nn.blocks import MapTransformer, conv_block
 
 SIZE, DIGIT = 32, 8
 BACKGROUND, IGNORE = 10, 255
@@ -117,29 +116,11 @@ class SegmentationViT(nn.Module):
             conv_block(1, 16), conv_block(16, 32, 2), conv_block(32, 64, 2), nn.Conv2d(64, width, 1)
         )
         self.positions = nn.Parameter(0.02 * torch.randn(1, width, SIZE // 4, SIZE // 4))
-        self.low, self.high = _Blocks(width, 1), _Blocks(width, 3)
+        self.low, self.high = MapTransformer(width, 1), MapTransformer(width, 3)
         self.decoder = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, 16 * CLASSES, 1), nn.PixelShuffle(4))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.high(self.low(self.patches(x) + self.positions)))
-
-
-class _Blocks(nn.Module):
-    """Transformer blocks on the positions of a map, so that what they return is a map."""
-
-    def __init__(self, width: int, depth: int) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(
-                    width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-                )
-                for _ in range(depth)
-            )
-        )
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return tokens_to_map(self.blocks(tokenize_feature_map(maps)), class_tokens=0)
 
 
 def rise_and_fall(optimizer: Optimizer, steps: int) -> LambdaLR:

@@ -35,7 +35,7 @@ from kdfast.data.two_view_digits import networks
 from kdfast.losses import LossOutput, cross_entropy_loss, divergence_loss, uniform_kl_loss, usage_cv_loss
 from kdfast.methods._protocol import Context, Setup, epoch_at
 from kdfast.methods._protocol import Method as MethodBase
-from kdfast.nn import FeatureMask, attach_mask
+from kdfast.nn import FeatureMask, attach_mask, call_frozen
 from kdfast.ops import route_topk
 
 BALANCES, GRADIENTS = ("kl", "cv"), ("none", "weighted")
@@ -235,8 +235,7 @@ class MSTNetworks(nn.Module):
             for other, (owner, path) in enumerate(self.layers[: e + 1]):
                 if other == e or (self.cumulative and owner == t):
                     stack.enter_context(attach_mask(teacher, path, self.masks[other]))  # type: ignore[arg-type]
-            state = {name: p.detach() for name, p in teacher.named_parameters()}
-            return torch.func.functional_call(teacher, state, (images,))
+            return call_frozen(teacher, images)
 
     def forward(self, images: Tensor) -> Any:
         if not self.training:

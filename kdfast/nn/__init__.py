@@ -1,8 +1,10 @@
 """Modules that own parameters and are shared by several methods."""
 
-from kdfast.nn.blocks import conv_block
+from kdfast.nn.attention import query_attention
+from kdfast.nn.blocks import MapTransformer, conv_block
 from kdfast.nn.capture import capture_outputs
 from kdfast.nn.expert_parallel import expert_parallel, expert_parameter_names
+from kdfast.nn.frozen import call_frozen
 from kdfast.nn.heads import DualHead, DualOutput, dual_heads, remove_dual_heads, replace_head
 from kdfast.nn.masks import FeatureMask, attach_mask
 from kdfast.nn.modes import evaluating
@@ -12,8 +14,7 @@ from kdfast.nn.sparse_moe import SparseMoE, moe_losses
 from kdfast.nn.tokens import align_maps, tokenize_feature_map, tokens_to_map
 
 __all__ = [
-    "DualHead", "DualOutput", "FeatureMask", "OverlapPatchEmbedding", "PrototypeAugment", "PrototypeLearner", "Pyramid", "SparseMoE", "align_maps", "attach_mask",
-    "capture_outputs", "conv_block", "dual_heads",
-    "evaluating", "expert_parallel", "expert_parameter_names", "moe_losses", "prototype_attention", "remove_dual_heads", "replace_head", "soft_vlad", "tokenize_feature_map",
-    "tokens_to_map",
+    "DualHead", "DualOutput", "FeatureMask", "MapTransformer", "OverlapPatchEmbedding", "PrototypeAugment", "PrototypeLearner", "Pyramid", "SparseMoE", "align_maps",
+    "attach_mask", "call_frozen", "capture_outputs", "conv_block", "dual_heads", "evaluating", "expert_parallel", "expert_parameter_names", "moe_losses",
+    "prototype_attention", "query_attention", "remove_dual_heads", "replace_head", "soft_vlad", "tokenize_feature_map", "tokens_to_map",
 ]  # fmt: skip

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdfast.nn.attention import query_attention
+
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """h (1 + scale) + shift; h [B, L, H], shift and scale [B, H]."""
@@ -63,8 +65,7 @@ class DiTBlock(nn.Module):
         return z + a2.unsqueeze(1) * self.mlp(modulate(_norm(z), s2, c2))
 
     def attention(self, h: Tensor) -> Tensor:
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, L, H / heads]
-        return self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.project(query_attention(*self.qkv(h).chunk(3, -1), num_heads=self.heads))
 
 
 class DiTHead(nn.Module):
