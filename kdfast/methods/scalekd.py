@@ -202,9 +202,7 @@ def soft_target_ce(student: Tensor, teacher: Tensor, *, temperature: float = 1.0
     return kd + temperature**2 * entropy_rows(teacher.detach(), temperature=temperature).mean()
 
 
-def view_weights(
-    alpha_direct: float | Sequence[float], alpha_alternating: float | Sequence[float]
-) -> dict[str, float]:
+def view_weights(alpha_direct: float | Sequence[float], alpha_alternating: float | Sequence[float]) -> dict[str, float]:
     """{"direct_3": a, "direct_4": a, "alternating_3": a, ...}; one number for both stages, or (stage 3, stage 4)."""
     weights = {}
     for view, given in zip(VIEWS, (alpha_direct, alpha_alternating)):
@@ -313,7 +311,9 @@ class Method(MethodBase):
 
     def attach(self, teacher: nn.Module) -> None:
         """Takes `teacher_stage` and `last_stage` from the teacher. Their weights are constants in the loss, trainable or not."""
-        self.stages = tuple(tuple(find_module(teacher, path, "teacher_stage") for path in paths) for paths in self.paths)
+        self.stages = tuple(
+            tuple(find_module(teacher, path, "teacher_stage") for path in paths) for paths in self.paths
+        )
 
     def start(self, setup: Setup) -> None:
         assert setup.teacher is not None

@@ -123,9 +123,7 @@ def test_removing_the_mean_is_masking_the_dct(size):
     torch.testing.assert_close(remove_dc(tokens).mT.unflatten(-1, size), dct_without_constant(maps))
     target = random(2, 3, *size, seed=1)
     want = [F.normalize(dct_without_constant(x), dim=1) for x in (maps, target)]
-    torch.testing.assert_close(
-        view_loss(tokens, target, view="alternating"), F.mse_loss(*want, reduction="sum") / 2
-    )
+    torch.testing.assert_close(view_loss(tokens, target, view="alternating"), F.mse_loss(*want, reduction="sum") / 2)
 
 
 def test_views_are_two_minus_two_cosines_and_only_the_alternating_one_ignores_a_constant():
@@ -145,7 +143,9 @@ def test_views_are_two_minus_two_cosines_and_only_the_alternating_one_ignores_a_
 def test_gradients_of_the_views():
     f = random(2, 3, 2, 2, seed=1)
     for view in ("direct", "alternating"):
-        assert torch.autograd.gradcheck(lambda y, view=view: view_loss(y, f, view=view), random(2, 4, 3).requires_grad_())
+        assert torch.autograd.gradcheck(
+            lambda y, view=view: view_loss(y, f, view=view), random(2, 4, 3).requires_grad_()
+        )
 
 
 @pytest.mark.parametrize("dtype", (F64, torch.float32, torch.bfloat16))
@@ -186,7 +186,12 @@ def test_total():
     # a term of weight 0 is not computed
     assert set(scalekd_loss(s, t, labels, tokens, f, alpha_kd=1.0, alpha_alternating=0.0).parts) == {"kd", *names[::2]}
     assert set(scalekd_loss(s, t, labels, {}, f, alpha_kd=0.0).parts) == {"task"}
-    assert view_weights(0.08, (0.06, 0)) == {"direct_3": 0.08, "direct_4": 0.08, "alternating_3": 0.06, "alternating_4": 0}
+    assert view_weights(0.08, (0.06, 0)) == {
+        "direct_3": 0.08,
+        "direct_4": 0.08,
+        "alternating_3": 0.06,
+        "alternating_4": 0,
+    }
 
 
 # ---------------------------------------------------------------- bad input
@@ -290,7 +295,9 @@ def test_what_is_left_out_has_no_parameters():
     assert names(alpha_alternating=(0.06, 0.0)) == ["alternating_3", "direct_3", "direct_4"]
     assert names(alpha_direct=(0.0, 0.08), alpha_alternating=0.0) == ["direct_3", "direct_4"]  # stage 3 gives the query
     method, _, context = example(tpp=False)
-    assert sorted(method.projectors) == ["alternating_4", "direct_4"] and method.projectors["direct_4"].query is not None
+    assert (
+        sorted(method.projectors) == ["alternating_4", "direct_4"] and method.projectors["direct_4"].query is not None
+    )
     method.stages = ()
     assert set(method(context).parts) == {"task", "kd", "direct_4", "alternating_4"}  # and no stage of the teacher
     method, _, context = example(alpha_direct=0.0, alpha_alternating=0.0)
@@ -360,14 +367,23 @@ def test_a_plain_vit_has_its_last_blocks_after_the_stage_four_projections_too():
 def test_what_by_name_refuses():
     method, _, context = example()
     context.teacher_features["stage4"] = torch.randn(2, 6, 3, 1)
-    with pytest.raises(ValueError, match="teacher_grids: expected the grid of the teacher's stage 4, 3 tokens, got 2 x 1"):
+    with pytest.raises(
+        ValueError, match="teacher_grids: expected the grid of the teacher's stage 4, 3 tokens, got 2 x 1"
+    ):
         method(context)
+    method, _, context = example()
     method.stages = ()
     with pytest.raises(ValueError, match=r"in your own loop call method.attach\(teacher\)"):
         method(context)
     with pytest.raises(ValueError, match="teacher_stage: Teacher has no submodule 'stage4'"):
         methods.load("scalekd")(WIDTHS, **GRIDS).attach(Teacher())
-    for change in ({"alpha_kd": 2.0}, {"temperature": 0.0}, {"projector": "mlp"}, {"layout": "nchw"}, {"num_heads": (3, 3)}):
+    for change in (
+        {"alpha_kd": 2.0},
+        {"temperature": 0.0},
+        {"projector": "mlp"},
+        {"layout": "nchw"},
+        {"num_heads": (3, 3)},
+    ):
         with pytest.raises(ValueError, match=next(iter(change))):
             methods.load("scalekd")(WIDTHS, **GRIDS | change)
 
