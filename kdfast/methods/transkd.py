@@ -37,7 +37,7 @@ from kdfast._library import compute_dtype, readable
 from kdfast.losses import LossOutput, channel_wise_kd_loss, cross_entropy_loss
 from kdfast.methods._best import SegmentationMethod
 from kdfast.methods._protocol import Context
-from kdfast.nn import OverlapPatchEmbedding, conv_block
+from kdfast.nn import OverlapPatchEmbedding, conv_block, query_attention
 
 VARIANTS = ("base", "gl", "ea", "none")
 FUSIONS = ("selective", "projected")
@@ -199,9 +199,7 @@ class GlobalLocalMixer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if readable(self.weights.detach()) and bool(self.weights.isnan().any()):
             raise ValueError(f"weights: expected numbers for w_att and w_conv, got {self.weights.tolist()}")
-        b, n, c = tokens.shape
-        q, k, v = self.qkv(tokens).view(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        attended = self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+        attended = self.output(query_attention(*self.qkv(tokens).chunk(3, -1), num_heads=self.num_heads))
         local = (self.value(tokens.mT) * torch.sigmoid(self.gate(tokens.mT))).mT
         mixed = self.weights[0] * attended + self.weights[1] * local
         return mixed + tokens if self.add else mixed
