@@ -98,7 +98,10 @@ def floor(result: dict) -> tuple[float, str] | None:
         return operations / rate / 1e6, what
     if "copy_gb_s" in result:
         volume, rate = result["traffic_bytes"], result["copy_gb_s"]
-        return volume / rate / 1e6, f"{volume / 1e6:.3g} MB at the copy rate measured beside it, {rate:.3g} GB/s (read + write),"
+        return (
+            volume / rate / 1e6,
+            f"{volume / 1e6:.3g} MB at the copy rate measured beside it, {rate:.3g} GB/s (read + write),",
+        )
     return None
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lm
@@ -126,6 +127,29 @@ def sharded_gradients(form: str) -> dict:
     return {"loss": loss.item(), "grads": grads}
 
 
+def sharded_trainer(out: Path, **options) -> KDTrainer:
+    """Trained with both models sharded by accelerate's FSDP2, which it starts on accelerators only: it is told that this is one."""
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedType
+
+    begin = Accelerator.__init__
+
+    def begin_sharded(self, *args, **named):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        begin(self, *args, **named)
+
+    settings = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    }  # fmt: skip
+    with mock.patch.dict(os.environ, settings), mock.patch.object(Accelerator, "__init__", begin_sharded):
+        kd = trainer(out, **options)
+        assert kd.is_fsdp_enabled and type(kd.teacher).__name__.startswith("FSDP")
+        kd.train()
+    assert [reader.reason for reader in kd.criterion.readers.values()] == [None, None]
+    return kd
+
+
 if __name__ == "__main__":
     out, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", "1"))
     kd = trainer(out, per_device_train_batch_size=4 // processes, gradient_accumulation_steps=2, steps=2)
@@ -135,6 +159,9 @@ if __name__ == "__main__":
         (out / "report.json").write_text(json.dumps(found))
         torch.save({k: v.clone() for k, v in kd.model.state_dict().items()}, out / "weights.pt")
     if processes > 1:
+        found = report(sharded_trainer(out, per_device_train_batch_size=2, gradient_accumulation_steps=2, steps=2))
+        if kd.is_world_process_zero():
+            (out / "sharded.json").write_text(json.dumps(found))
         for form in ("fsdp1", "fsdp2"):
             found = sharded_gradients(form)
             if kd.is_world_process_zero():

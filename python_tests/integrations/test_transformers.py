@@ -122,10 +122,11 @@ def test_two_processes_equal_one(tmp_path):
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
     two = json.loads((tmp_path / "two" / "report.json").read_text())
     assert two["processes"] == 2 and len(two["steps"]) == 2
-    for got, row in zip(two["steps"], want["steps"]):
-        assert got == pytest.approx(row, rel=1e-5)
-    for name in ("eval_loss", "eval_ce", "eval_kd"):  # over the 11 rows, each once
-        assert two["eval"][name] == pytest.approx(want["eval"][name], rel=1e-5)
+    for found in (two, json.loads((tmp_path / "two" / "sharded.json").read_text())):
+        for got, row in zip(found["steps"], want["steps"], strict=True):
+            assert got == pytest.approx(row, rel=1e-5)
+        for name in ("eval_loss", "eval_ce", "eval_kd"):  # over the 11 rows, each once
+            assert found["eval"][name] == pytest.approx(want["eval"][name], rel=1e-5)
     check_weights(torch.load(tmp_path / "two" / "weights.pt"), one.model.state_dict())
     # FSDP takes the mean over processes of the gradients of their halves' sums
     whole = ddp.sharded_gradients("none")
