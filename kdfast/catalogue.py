@@ -104,7 +104,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "entropic_student", 19, "Supervised Compression for Resource-Constrained Edge Computing Systems",
-        "2108.11898", 2021, task="digits", needs=("teacher", "features"), ops=("divergence",), parts=("stages",), status="planned",
+        "2108.11898", 2021, task="large_digits", needs=("teacher", "features"), ops=("divergence",), parts=("stages",), status="ready",
     ),
     Row(
         "mst_distill", 20, "MST-Distill: Mixture of Specialized Teachers for Cross-Modal Knowledge Distillation",

@@ -19,13 +19,16 @@ def _stage(before: int, after: int, stride: int) -> nn.Sequential:
 
 
 class StageNet(nn.Sequential):
-    """`stage1`, `stage2`, `stage3` return maps [B, widths[i], 8, 8], [.., 4, 4], [.., 2, 2]; then the mean and `head`: logits [B, 10]."""
+    """`stage1`, `stage2`, ... return maps [B, widths[i], S, S], [.., S/2, S/2], ...; then the mean and `head`: logits [B, 10].
 
-    def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
-        stages = [
-            (f"stage{i + 1}", _stage(a, b, 1 if i == 0 else 2)) for i, (a, b) in enumerate(zip((1, *widths), widths))
-        ]
-        super().__init__(OrderedDict([*stages, ("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten())]))
+    S is the image's size, or with `stem`, a convolution of stride 2 that comes first, a quarter of it.
+    """
+
+    def __init__(self, widths: Sequence[int] = WIDTHS, *, stem: bool = False) -> None:
+        first = [("stem", conv_block(1, widths[0], 2))] if stem else []
+        pairs = zip((widths[0] if stem else 1, *widths), widths)
+        stages = [(f"stage{i + 1}", _stage(a, b, 1 if i == 0 and not stem else 2)) for i, (a, b) in enumerate(pairs)]
+        super().__init__(OrderedDict([*first, *stages, ("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten())]))
         self.head = nn.Linear(widths[-1], CLASSES)
 
 

@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from kdfast.losses.module import LossModule, LossOutput
+from kdfast.nn.buffers import ResizedBuffers
 
 
 def epoch_at(step: int, total_steps: int, epochs: int, unknown: int = 0) -> int:
@@ -99,8 +99,10 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return getattr(output, "logits", output)
 
 
-class Method(nn.Module):
+class Method(ResizedBuffers):
     """Base of methods that own parameters, read features, change the batch, or train both networks.
+
+    Buffers made by `start` take the saved shape: at construction the data is not known yet.
 
     A method with `captures` takes `widths` first: channels of each captured feature, {name: (student, teacher)}.
 
@@ -147,14 +149,6 @@ class Method(nn.Module):
 
     def deploy(self, setup: Setup) -> nn.Module:
         return setup.student
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Buffers made by `start` take the saved shape: at construction the data is not known yet."""
-        for name, buffer in self.named_buffers(recurse=False):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != buffer.shape:
-                setattr(self, name, torch.empty_like(saved, device=buffer.device))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class LogitMethod(LossModule):
