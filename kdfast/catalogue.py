@@ -64,7 +64,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "ff_g2m", 9, "Extracting Low-/High-Frequency Knowledge from Graph Neural Networks and Injecting it into MLPs",
-        "2305.10758", 2023, task="digit_graph", needs=("graph teacher", "edges"), ops=("token_graph", "divergence"), parts=(), status="planned",
+        "2305.10758", 2023, task="digit_nodes", needs=("graph teacher", "edges"), ops=("divergence",), parts=(), status="ready",
     ),
     Row(
         "general_knowledge_transfer", 10, "Fantastic Gains and Where to Find Them: On the Existence and Prospect of General Knowledge Transfer between Any Pretrained Model",

@@ -165,6 +165,8 @@ def run(
         "data": task.name, "method": method, "options": dict(options or {}), "steps": steps, "teacher_steps": task.teacher_steps,
         "batch_size": task.batch_size, "lr": task.lr,
     }  # fmt: skip
+    if task.patience is not None:
+        settings["patience"] = task.patience
     if named:
         settings["arms"] = {
             arm.name: {"method": arm.method, "options": dict(arm.options)}
@@ -247,7 +249,8 @@ def _uses_teacher(task: Task, arm: Arm) -> bool:
 
 def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
     _, teacher = models(task, seed)
-    distiller = Distiller(teacher, None, Labels(task.ignore_index), **_common(task, seed))
+    own = {} if task.teacher_optimizer is None else {"optimizer": task.teacher_optimizer}
+    distiller = Distiller(teacher, None, Labels(task.ignore_index), **_common(task, seed) | own)
     return _fit(task, distiller, "teacher", seed, task.teacher_steps, out / "runs" / f"teacher-{seed}.safetensors")
 
 
@@ -320,7 +323,7 @@ def _fit(
     loaders = {name: task.eval_loader(data) for name, data in splits.items()}
     # a teacher of another task has validation and test data of its own
     loaders |= {name: loaders[f"{part}_{name}"] for name in ("val", "test") if f"{part}_{name}" in loaders}
-    distiller.fit(loader, epochs, eval_loader=loaders["val"])
+    distiller.fit(loader, epochs, eval_loader=loaders["val"], patience=task.patience)
     seconds = time.perf_counter() - start
     score = next(iter(task.metrics))
     model = distiller.deploy(loaders["val"])

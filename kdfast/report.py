@@ -57,7 +57,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     for name in students:
         curves = arms[name]["curves"]
-        steps = [point[0] for point in curves[0]]
+        steps = [point[0] for point in min(curves, key=len)]  # as far as all seeds went
         columns = [[curve[i][1] for curve in curves] for i in range(len(steps))]
         mean = [sum(column) / len(column) for column in columns]
         right.plot(steps, mean, color=colour[name], label=name, linewidth=1.8)

@@ -21,6 +21,8 @@ TASKS = {
     "digit_maps": "kdfast.data.digit_maps:digit_maps_task",
     "digit_maps_tail": "kdfast.data.digit_maps:digit_maps_tail_task",
     "digit_patches": "kdfast.data.digit_patches:digit_patches_task",
+    "digit_nodes": "kdfast.data.digit_nodes:digit_nodes_task",
+    "digit_nodes_unseen": "kdfast.data.digit_nodes:digit_nodes_unseen_task",
     "digit_parity": "kdfast.data.digit_residues:residue_task",
     "mixed_digits": "kdfast.data.mixed_digits:mixed_digits_task",
     "two_view_digits": "kdfast.data.two_view_digits:two_view_digits_task",

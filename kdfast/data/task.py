@@ -72,7 +72,8 @@ class Task:
     hints: more options that a method with a parameter of that name gets in a run by name.
     columns: names of what follows inputs and labels in a training batch. metrics: {name: (predictions, labels) -> float}; the first counts.
     steps, eval_every, teacher_steps, batch_size, lr: optimizer steps of AdamW at a constant rate.
-    optimizer, scheduler: as in `kdfast.train.Distiller`, in place of that; for the students, not for their teacher.
+    optimizer, scheduler: as in `kdfast.train.Distiller`, in place of that; for the students. teacher_optimizer: for their teacher.
+    patience: of every fit, in evaluations (`Distiller.fit`): teacher and students stop early and are those of their best evaluation.
     augment: (inputs, labels) -> the batch to train on, drawn anew for each batch. threads: of torch while it runs, None for as many as are set; tiny networks only wait for their threads.
     """
 
@@ -100,6 +101,8 @@ class Task:
     lr: float = 2e-3
     optimizer: Callable[[Any], Any] | None = None
     scheduler: Callable[[Any, int], Any] | None = None
+    teacher_optimizer: Callable[[Any], Any] | None = None
+    patience: int | None = None
     augment: Callable[[Any], Any] | None = None
     threads: int | None = None
 

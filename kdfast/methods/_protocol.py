@@ -8,6 +8,7 @@ attributes are optional, and the base class `Method` holds their defaults; a pla
     trains_teacher  True: the second network learns too (two students that teach each other)
     starts_trained  True: the student has been trained before (a run by name takes the one that learned from labels alone)
     uses_teacher    False: there is no second network (a run by name leaves the teacher out)
+    teacher_each_step  False: the teacher is asked in `start` alone; no step runs it, and its output in the Context is None
     own_teacher     options with which the method first trains its teacher, from the student's network (a run by name)
     choose          the part of the training data that a run by name takes, before its first step
     adapt           student -> student, once, when the Distiller is made (another head, several heads)
@@ -122,6 +123,7 @@ class Method(ResizedBuffers):
     trains_teacher: ClassVar[bool] = False
     starts_trained: ClassVar[bool] = False
     uses_teacher: bool = True  # an option may decide it
+    teacher_each_step: ClassVar[bool] = True
     own_teacher: ClassVar[Mapping[str, Any] | None] = None
 
     def forward(self, context: Context) -> LossOutput:

@@ -400,7 +400,7 @@ def token_graph_kl(
     if edges is None:
         _check_k(k, len(student))
     else:
-        edges = _check_edges(edges, len(student), student.device)
+        edges = check_edges(edges, len(student), student.device).to(torch.int32).contiguous()
     check_number("sigma", sigma, low=0.0, open_low=True)
     check_choice("orientation", orientation, ORIENTATIONS)
     check_choice("direction", direction, DIRECTIONS)
@@ -437,21 +437,21 @@ def _check_k(k: int | None, n: int) -> None:
         raise ValueError(f"k: expected 1 to {n - 1} neighbours among {n} tokens, got {k}")
 
 
-def _check_edges(edges: Tensor, n: int, device: torch.device) -> Tensor:
-    """As int32, dense. Values are looked at on the CPU only, the repeats by the core."""
+def check_edges(edges: Tensor, n: int, device: torch.device, name: str = "edges") -> Tensor:
+    """`edges` as they are: [2, M] numbers of n nodes, looked at on the CPU only; the repeats by the core."""
     if not isinstance(edges, Tensor) or edges.dtype not in (torch.int64, torch.int32):
         raise TypeError(
-            f"edges: expected an int64 or int32 Tensor, got {getattr(edges, 'dtype', type(edges).__name__)}"
+            f"{name}: expected an int64 or int32 Tensor, got {getattr(edges, 'dtype', type(edges).__name__)}"
         )
     if edges.dim() != 2 or edges.shape[0] != 2:
-        raise ValueError(f"edges: expected [2, M], got {tuple(edges.shape)}")
+        raise ValueError(f"{name}: expected [2, M], got {tuple(edges.shape)}")
     if edges.device != device:
-        raise ValueError(f"edges: expected the device of the tokens ({device}), got {edges.device}")
+        raise ValueError(f"{name}: expected the device of the tokens ({device}), got {edges.device}")
     if edges.numel() and (readable(edges) or debugging()):
         low, high = edges.aminmax()
         if low < 0 or high >= n:
-            raise ValueError(f"edges: expected node numbers in [0, {n}), got {int(low)} to {int(high)}")
-    return edges.to(torch.int32).contiguous()
+            raise ValueError(f"{name}: expected node numbers in [0, {n}), got {int(low)} to {int(high)}")
+    return edges
 
 
 def _choose(op: str, tensors: tuple[Tensor, ...], backend: str | None) -> str:

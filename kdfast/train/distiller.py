@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from kdfast._checks import check_int
 from kdfast.losses import LossOutput
 from kdfast.methods import Context, Setup, load
 from kdfast.methods._protocol import call_model
@@ -28,6 +29,7 @@ from kdfast.nn import evaluating
 from kdfast.train import checkpoint
 from kdfast.train.capture import capture_outputs, split_captures
 from kdfast.train.history import History
+from kdfast.weights import BestWeights
 
 Batch = Any
 Forward = Callable[[nn.Module, Batch], Any]
@@ -46,6 +48,7 @@ class _Net(nn.Module):
         super().__init__()
         self.student = student
         self.trains_teacher = bool(getattr(method, "trains_teacher", False))
+        self.asks_teacher = bool(getattr(method, "teacher_each_step", True))
         # In a tuple a module is out of sight of parameters(), state_dict() and train(): the frozen teacher, a plain function.
         self.hidden = (None if self.trains_teacher else teacher, None if isinstance(method, nn.Module) else method)
         if self.trains_teacher:
@@ -63,7 +66,7 @@ class _Net(nn.Module):
         teacher = self.teacher if self.trains_teacher else self.hidden[0]
         batch = method.prepare(batch) if hasattr(method, "prepare") else batch
         context = Context(None, None, labels_of(batch), batch, step=step, total_steps=total_steps)
-        if teacher is not None:
+        if teacher is not None and self.asks_teacher:
             if not self.trains_teacher and teacher.training:  # somebody called .train() on it
                 teacher.eval()
             with ExitStack() as stack:
@@ -197,6 +200,7 @@ class Distiller:
         self._optimizers: list[Any] = []
         self._schedulers: list[Any] = []
         self._sums: dict[str, Tensor] = {}  # of the rows since the last line of the history
+        self._best: BestWeights | None = None  # with patience
         self._restored: dict[str, Any] = {}  # what `resume` read and `fit` has yet to put back
 
     def loss(self, batch: Batch) -> LossOutput:
@@ -204,9 +208,22 @@ class Distiller:
         return self.net(send_to_device(batch, self.accelerator.device), self.step, self.total_steps)
 
     def fit(
-        self, loader: DataLoader, epochs: int, *, eval_loader: DataLoader | None = None, resume: bool = False
-    ) -> History:
-        """Trains up to `epochs` epochs in all. resume=True: goes on from the last checkpoint in `out`, if there is one."""
+        self, loader: DataLoader, epochs: int, *, eval_loader: DataLoader | None = None, resume: bool = False,
+        patience: int | None = None,
+    ) -> History:  # fmt: skip
+        """Trains up to `epochs` epochs in all. resume=True: goes on from the last checkpoint in `out`, if there is one.
+
+        patience: stop after so many epochs in a row without a gain of the first metric on `eval_loader` (higher is better); whether it
+            stops or not, the student then is that of the best epoch.
+        """
+        if patience is not None and (check_int("patience", patience, low=1) and eval_loader is None):
+            raise ValueError("patience: expected an eval_loader to see a gain on, got None")
+        if patience is not None and getattr(self.method, "trains_teacher", False):
+            raise ValueError("patience: the best epochs of two networks are not the same; expected None")
+        if patience is None:
+            self._best = None
+        elif self._best is None:
+            self._best = BestWeights(self.student)
         if resume:
             self.resume()
         if getattr(loader, "persistent_workers", False):
@@ -223,19 +240,29 @@ class Distiller:
         if self.step == 0:
             set_seed(self.seed, device_specific=True)
         with self._progress() as advance:
-            while self.epoch < epochs:
+            while self.epoch < epochs and not self._stalled(patience):
                 self._train_epoch(loader, advance)
                 if hasattr(self.method, "after_epoch"):
                     self.method.after_epoch(self._setup(whole, eval_loader))
                 if eval_loader is not None:
-                    self._log({f"eval_{name}": value for name, value in self.evaluate(eval_loader).items()})
+                    scores = self.evaluate(eval_loader)
+                    self._log({f"eval_{name}": value for name, value in scores.items()})
+                    if self._best is not None:
+                        self._best.offer(self.student, next(iter(scores.values())))
                 self.epoch, self.batch = self.epoch + 1, 0
                 self._save_checkpoint(checkpoint.rng_state())
+        if self._best is not None:
+            self.student.load_state_dict(self._best.model.state_dict())
         if self.out is not None and self.accelerator.is_main_process:
             self.history.write(self.out)
         if self.trackers:
             self.accelerator.end_training()
         return self.history
+
+    def _stalled(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations brought no gain."""
+        scores = self.history.column(f"eval_{next(iter(self.metrics))}") if patience is not None else []
+        return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= (patience or 0)
 
     @torch.no_grad()
     def evaluate(self, loader: DataLoader, model: nn.Module | None = None) -> dict[str, float]:
@@ -246,13 +273,16 @@ class Distiller:
             for batch in self._shard(loader, shuffled=False):
                 with self.accelerator.autocast():
                     output = (self.teacher_forward if model is self.teacher else self.forward)(model, batch)
-                if labels_of(batch) is None:
+                predicted, known = self.predict(output), labels_of(batch)
+                if known is None:
                     raise ValueError(
                         "loader: expected batches with labels to compare predictions with, got one without"
                     )
-                found = self.accelerator.gather_for_metrics((self.predict(output), labels_of(batch)))
-                predictions.append(found[0].cpu())
-                labels.append(found[1].cpu())
+                # It cuts the last batch to as many rows as the loader has items left: on one process a graph to its first node.
+                if self.accelerator.num_processes > 1:
+                    predicted, known = self.accelerator.gather_for_metrics((predicted, known))
+                predictions.append(predicted.cpu())
+                labels.append(known.cpu())
         if not predictions:
             raise ValueError("loader: expected at least one batch to evaluate on, got none")
         if len({p.shape[1:] for p in predictions}) > 1:  # sequences padded batch by batch
@@ -281,7 +311,10 @@ class Distiller:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.step = state["position"]
-        self.history = History(state["history"])
+        self.history, self._best = History(state["history"]), None
+        if state.get("best"):
+            self._best = BestWeights(self.student)
+            self._best.load_state_dict(state["best"])
         rank = checkpoint.read(folder, f"rank-{self.accelerator.process_index}")
         self._sums = send_to_device(rank["sums"], self.accelerator.device)
         self._restored = {**rank, "optimizers": state["optimizers"], "schedulers": state["schedulers"]}
@@ -473,6 +506,7 @@ class Distiller:
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "position": [self.epoch, self.batch, self.step],
                 "history": self.history.rows,
+                "best": None if self._best is None else dict(self._best.state_dict()),
             }
             checkpoint.write(temporary, "state", state)
         self.accelerator.wait_for_everyone()

@@ -27,6 +27,10 @@ class History:
                 return row[name]
         raise KeyError(f"{name}: the history has {', '.join(self.columns()) or 'no rows'}")
 
+    def column(self, name: str) -> list[Any]:
+        """All values of a column, in their order."""
+        return [row[name] for row in self.rows if name in row]
+
     def columns(self) -> list[str]:
         return list(dict.fromkeys(key for row in self.rows for key in row))
 

@@ -315,3 +315,54 @@ def test_bad_arguments_name_themselves():
         run.fit(toy.loader(), 1)
     with pytest.raises(ValueError, match="count: no tensor in the batch"):
         run._count_labels({"labels": None, "name": "x"})
+
+
+# ---------------------------------------------------------------- early stopping
+SCORES = (0.1, 0.5, 0.4, 0.5, 0.3, 0.9)
+
+
+def stopping(out=None, stop_at=None):
+    """A run whose n-th evaluation gives SCORES[n], and the student's weights at each of them."""
+    run = make(out=out)
+    states = []
+
+    def score(predictions, labels):
+        states.append({name: value.clone() for name, value in run.student.state_dict().items()})
+        if run.epoch == stop_at:
+            raise KeyboardInterrupt
+        return SCORES[run.epoch]
+
+    run.metrics = {"accuracy": score}
+    return run, states
+
+
+def test_patience_stops_and_gives_back_the_best():
+    loader = DataLoader(TensorDataset(*batch_of(8)), batch_size=4)
+    for patience, epochs, best in ((3, 5, 1), (4, 6, 5), (9, 6, 5), (1, 3, 1)):
+        run, states = stopping()
+        run.fit(loader, 6, eval_loader=loader, patience=patience)
+        assert run.epoch == len(states) == epochs
+        assert all(torch.equal(value, states[best][name]) for name, value in run.student.state_dict().items())
+    run, states = stopping()
+    run.fit(loader, 6, eval_loader=loader)
+    assert all(torch.equal(value, states[-1][name]) for name, value in run.student.state_dict().items())
+    with pytest.raises(ValueError, match="patience: expected an eval_loader"):
+        run.fit(loader, 7, patience=1)
+    with pytest.raises(ValueError, match="patience: expected an int >= 1, got 0"):
+        run.fit(loader, 7, eval_loader=loader, patience=0)
+    with pytest.raises(ValueError, match="patience: the best epochs of two networks"):
+        make("mutual").fit(loader, 1, eval_loader=loader, patience=1)
+
+
+def test_patience_resumes_with_its_best(tmp_path):
+    loader = DataLoader(TensorDataset(*batch_of(8)), batch_size=4)
+    whole, states = stopping()
+    whole.fit(loader, 6, eval_loader=loader, patience=3)
+    run, _ = stopping(tmp_path, stop_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit(loader, 6, eval_loader=loader, patience=3)
+    for _ in range(2):  # the second time it is finished, and the best comes back again
+        run, _ = stopping(tmp_path)
+        run.fit(loader, 6, eval_loader=loader, patience=3, resume=True)
+        assert run.epoch == 5
+        assert all(torch.equal(value, states[1][name]) for name, value in run.student.state_dict().items())
