@@ -53,6 +53,27 @@ KD_INLINE bool far_apart(T max_x, T max_z) {
   return max_z - max_x > T(kFar) || max_x - max_z > T(kFar);
 }
 
+// What a driver reads next, asked for a line at a time while it computes exponentials. Left to itself the processor fetches ahead
+// only within a page of 4 KB, and every block of a row and every class of a map begins another page.
+struct Ahead {
+  uintptr_t from = 0, step = 0;  // address, and bytes for each value of this block (rows) or class of this tile (lanes); 0: nothing
+};
+KD_INLINE void fetch(Ahead ahead, int64_t i) {
+  if (ahead.step) __builtin_prefetch(reinterpret_cast<const void*>(ahead.from + uintptr_t(i) * ahead.step));
+}
+KD_INLINE uintptr_t address_of(const Logits& logits, int64_t offset) {
+  return reinterpret_cast<uintptr_t>(logits.data) + uintptr_t(offset) * uintptr_t(kItemSize[int(logits.dtype)]);
+}
+// The block of a row that begins at `offset`: the row's next one, or the first of the next row where rows are contiguous.
+KD_INLINE Ahead behind(const Logits& logits, int64_t offset) {
+  return logits.class_stride == 1 ? Ahead{address_of(logits, offset), uintptr_t(kItemSize[int(logits.dtype)])} : Ahead{};
+}
+
+// The tile that begins at `offset`: all its classes at one lane.
+KD_INLINE Ahead beneath(const Logits& logits, int64_t beside, int64_t offset) {
+  return beside == 1 ? Ahead{address_of(logits, offset), uintptr_t(logits.class_stride) * uintptr_t(kItemSize[int(logits.dtype)])} : Ahead{};
+}
+
 // A term of factor 0 is left out: 0 times the gradient of an infinite divergence is not 0.
 template <class T>
 KD_INLINE Vec<T> scaled(Vec<T> gradient, T factor) {

@@ -45,16 +45,30 @@ KD_INLINE void store_lanes(void* values, int64_t row, int live, Vec<T> v) {
   for (int i = 0; i < live; ++i) to[i] = v[i];
 }
 
-// Log-sum-exp per lane of x / T over the classes of a staged tile, as max and log of the sum.
+// Log-sum-exp per lane of x / T over the classes of a staged tile.
 template <class T>
-KD_INLINE void lane_log_sum(const T* x, int64_t classes, int64_t pitch, Vec<T> inverse_t, Vec<T>& max, Vec<T>& log_sum) {
-  max = splat<T>(-T(kInf));
-  for (int64_t c = 0; c < classes; ++c) max = vmax(max, load(x + c * pitch));
-  Vec<T> sum = splat<T>(0);
-  const Vec<T> shift = max == -T(kInf) ? splat<T>(0) : max;
-  for (int64_t c = 0; c < classes; ++c) sum += vexp_bounded<T>((load(x + c * pitch) - shift) * inverse_t);
+struct LaneSum {
+  Vec<T> max, log, inverse;  // largest logit; log and inverse of the sum of exp((x - max) / T); where all are -inf: log = inverse = 0
+};
+
+// keep: [classes][W] for the exponentials, or null.
+template <class T>
+KD_INLINE LaneSum<T> lane_sum(const T* x, int64_t classes, int64_t pitch, Vec<T> inverse_t, T* keep, Ahead ahead) {
+  LaneSum<T> found;
+  found.max = splat<T>(-T(kInf));
+  for (int64_t c = 0; c < classes; ++c) found.max = vmax(found.max, load(x + c * pitch));
+  const Vec<T> zero = splat<T>(0), shift = found.max == -T(kInf) ? zero : found.max;
+  Vec<T> sum = zero;
+  for (int64_t c = 0; c < classes; ++c) {
+    fetch(ahead, c);
+    const Vec<T> e = vexp_bounded<T>((load(x + c * pitch) - shift) * inverse_t);
+    if (keep) store(keep + c * kWidth<T>, e);
+    sum += e;
+  }
   // sum is 0 only where all logits are -inf (that row is ignored) and NaN where something is wrong
-  log_sum = sum > 0 ? vlog<T>(sum) : sum;
+  found.log = sum > zero ? vlog<T>(sum) : sum;
+  found.inverse = sum > zero ? T(1) / sum : zero;
+  return found;
 }
 
 template <Kind kind, class T>
@@ -68,6 +82,9 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
   const bool gs = call.grad_student.data, gt = call.grad_teacher.data;
   T* grad_s = gs ? static_cast<T*>(thread_scratch(2, std::size_t(C * pitch) * sizeof(T))) : nullptr;
   T* grad_t = gt ? static_cast<T*>(thread_scratch(3, std::size_t(C * pitch) * sizeof(T))) : nullptr;
+  // of one group of lanes, [C][W]: exponentials, then q and p; at last q and v
+  T* qs = static_cast<T*>(thread_scratch(4, std::size_t(C * W) * sizeof(T)));
+  T* ps = static_cast<T*>(thread_scratch(5, std::size_t(C * W) * sizeof(T)));
   const int64_t s = row_offset(call.rows, call.student, row0), t = row_offset(call.rows, call.teacher, row0);
   const auto beside = [&](const Logits& logits) { return logits.row_strides[call.rows.axes - 1]; };
   for (int64_t c = 0; c < C; ++c) {
@@ -77,6 +94,11 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
   }
   const bool backward = call.grad_rows, rows_entry = call.out_rows;
   const bool cross_entropy = call.ce_factor != 0 && !backward && !rows_entry;
+  constexpr bool by_softmax = kind != Kind::binary;
+  const bool closed = is_closed(kind) && !gt, softmax_is_q = by_softmax && call.temperature == 1 && !call.row_temperature;
+  const auto ahead = [&](const Logits& logits, int64_t offset, int64_t group) {  // the same lanes of the next tile
+    return beneath(logits, beside(logits), offset + count + group);
+  };
   const Vec<T> zero = splat<T>(0), negative_inf = splat<T>(-T(kInf));
   const KindParameters parameters = call.parameters;
   T* kept = static_cast<T*>(call.stats);
@@ -93,14 +115,19 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
       for (int i = live; i < W; ++i) wanted[i] = 0;
     }
     const Vec<T> inverse_t = splat<T>(1) / lane_values<T>(call.row_temperature, row, live, T(call.temperature));
-    Vec<T> max_x, log_x, max_z, log_z, gap, sum_v = zero, sum_u = zero, ignored;
+    Vec<T> max_x, log_x, max_z, log_z, gap, sum_v = zero, sum_u = zero, ignored, to_q = splat<T>(1), to_p = to_q;
     if (backward) {
       const auto stat = [&](int i) { return lane_values<T>(kept + i * call.rows.count, row, live, T(0)); };
       max_x = stat(0), log_x = stat(1), max_z = stat(2), log_z = stat(3), gap = stat(4), sum_v = stat(5), sum_u = stat(6);
       ignored = gap != gap ? splat<T>(1) : zero;
+      for (int64_t c = 0; by_softmax && c < C; ++c) {
+        store(qs + c * W, vexp_bounded<T>((load(xs + c * pitch) - max_x) * inverse_t - log_x));
+        store(ps + c * W, vexp_bounded<T>((load(zs + c * pitch) - max_z) * inverse_t - log_z));
+      }
     } else {
-      lane_log_sum<T>(xs, C, pitch, inverse_t, max_x, log_x);
-      lane_log_sum<T>(zs, C, pitch, inverse_t, max_z, log_z);
+      const LaneSum<T> of_x = lane_sum<T>(xs, C, pitch, inverse_t, by_softmax ? qs : nullptr, ahead(call.student, s, group));
+      const LaneSum<T> of_z = lane_sum<T>(zs, C, pitch, inverse_t, by_softmax ? ps : nullptr, ahead(call.teacher, t, group));
+      max_x = of_x.max, log_x = of_x.log, to_q = of_x.inverse, max_z = of_z.max, log_z = of_z.log, to_p = of_z.inverse;
       for (int i = 0; i < live; ++i) {
         if (wanted[i] == 0) continue;
         if (log_x[i] != log_x[i] || max_x[i] == T(kInf)) call.status->report(row + i, Bad::student);
@@ -108,7 +135,7 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
       }
       ignored = max_x == negative_inf ? splat<T>(1) : (max_z == negative_inf ? splat<T>(1) : zero);
       gap = log_z - log_x;
-      if (kind == Kind::binary) max_x = log_x = max_z = log_z = gap = zero;
+      if (!by_softmax) max_x = log_x = max_z = log_z = gap = zero;
     }
     Vec<T> from_x = zero, from_z = zero;
     for (int i = 0; i < W; ++i) {
@@ -119,32 +146,15 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
     const auto element = [&](int64_t c) {
       const Vec<T> xi = load(xs + c * pitch), zi = load(zs + c * pitch);
       const Vec<T> lq = (xi - max_x) * inverse_t - log_x, lp = (zi - max_z) * inverse_t - log_z;
-      return divergence_element<O, kind>(lq, lp, ((zi - from_z) - (xi - from_x)) * inverse_t - gap, parameters);
+      Element<Vec<T>> e{};
+      if constexpr (by_softmax) e.q = load(qs + c * W) * to_q, e.p = load(ps + c * W) * to_p;
+      return divergence_element<O, kind, by_softmax>(lq, lp, ((zi - from_z) - (xi - from_x)) * inverse_t - gap, parameters, e);
     };
-    if (!backward) {
-      Vec<T> loss = zero;
-      for (int64_t c = 0; c < C; ++c) {
-        const Element<Vec<T>> e = element(c);
-        loss += e.term;
-        sum_v += e.v;
-        sum_u += e.u;
-      }
-      if (kind == Kind::forward_kl) sum_v = zero;
-      if (kind == Kind::binary) sum_v = sum_u = zero;
-      loss = skip != 0 ? zero : loss * T(parameters.scale);
-      if (rows_entry) {
-        const Vec<T> none = splat<T>(T(__builtin_nan("")));  // an ignored row has no gradient
-        store_lanes<T>(call.out_rows, row, live, loss);
-        const Vec<T> stats[kStats] = {max_x, log_x, max_z, log_z, skip != 0 ? none : gap, sum_v, sum_u};
-        for (int i = 0; i < kStats; ++i) store_lanes<T>(kept + i * call.rows.count, row, live, stats[i]);
-        continue;
-      }
-      kd += sum_lanes_double<T>(skip != 0 ? zero : loss * wanted);
-    }
     Vec<T> max_raw = zero, log_raw = zero, label = splat<T>(-1), ce_weight = zero;
     if (cross_entropy) {
       Vec<T> total = zero, hot = zero;  // logits above the largest
-      lane_log_sum<T>(xs, C, pitch, splat<T>(1), max_raw, log_raw);
+      const LaneSum<T> raw = softmax_is_q ? LaneSum<T>{max_x, log_x, to_q} : lane_sum<T>(xs, C, pitch, splat<T>(1), nullptr, {});
+      max_raw = raw.max, log_raw = raw.log;
       for (int i = 0; i < live; ++i) {
         if (skip[i] != 0) continue;
         const int64_t y = call.labels[row + i];
@@ -163,19 +173,51 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
       ce += sum_lanes_double<T>(skip != 0 ? zero : loss * wanted);
       ce_weight = wanted * T(call.ce_factor);
     }
-    if (!gs && !gt) continue;
     const Vec<T> factor = wanted * (T((backward ? 1.0 : call.kd_factor) * parameters.scale) * inverse_t);
     const T smooth = T(call.label_smoothing / double(C)), hot_share = T(1 - call.label_smoothing);
-    for (int64_t c = 0; c < C; ++c) {
-      const Element<Vec<T>> e = element(c);
-      if (gs) {
-        Vec<T> g = scaled_lanes<T>(e.v - e.q * sum_v, factor);
-        if (cross_entropy) {
-          const Vec<T> target = label == T(c) ? splat<T>(smooth + hot_share) : splat<T>(smooth);
-          g += (vexp_bounded<T>((load(xs + c * pitch) - max_raw) - log_raw) - target) * ce_weight;
-        }
-        store(grad_s + c * pitch + group, skip != 0 ? zero : g);
+    const auto write_student = [&](int64_t c, Vec<T> q, Vec<T> v) {
+      Vec<T> g = scaled_lanes<T>(v - q * sum_v, factor);
+      if (cross_entropy) {
+        const Vec<T> target = label == T(c) ? splat<T>(smooth + hot_share) : splat<T>(smooth);
+        const Vec<T> softmax = softmax_is_q ? q : vexp_bounded<T>((load(xs + c * pitch) - max_raw) - log_raw);
+        g += (softmax - target) * ce_weight;
       }
+      store(grad_s + c * pitch + group, skip != 0 ? zero : g);
+    };
+    const bool keep_v = !backward && !closed && gs && !gt;
+    if (!backward) {
+      Vec<T> loss = zero, all_v = zero;
+      for (int64_t c = 0; c < C; ++c) {
+        const Element<Vec<T>> e = element(c);
+        loss += e.term;
+        all_v += e.v;
+        sum_u += e.u;
+        if (closed && gs) write_student(c, e.q, e.v);  // sum_v is 0
+        if (keep_v) {
+          store(qs + c * W, e.q);
+          store(ps + c * W, e.v);
+        }
+      }
+      if (!is_closed(kind)) sum_v = all_v;
+      if (!by_softmax) sum_u = zero;
+      loss = skip != 0 ? zero : loss * T(parameters.scale);
+      if (rows_entry) {
+        const Vec<T> none = splat<T>(T(__builtin_nan("")));  // an ignored row has no gradient
+        store_lanes<T>(call.out_rows, row, live, loss);
+        const Vec<T> stats[kStats] = {max_x, log_x, max_z, log_z, skip != 0 ? none : gap, sum_v, sum_u};
+        for (int i = 0; i < kStats; ++i) store_lanes<T>(kept + i * call.rows.count, row, live, stats[i]);
+        continue;
+      }
+      kd += sum_lanes_double<T>(skip != 0 ? zero : loss * wanted);
+    }
+    if (closed && !backward) continue;
+    for (int64_t c = 0; (gs || gt) && c < C; ++c) {
+      if (keep_v) {
+        write_student(c, load(qs + c * W), load(ps + c * W));
+        continue;
+      }
+      const Element<Vec<T>> e = element(c);
+      if (gs) write_student(c, e.q, e.v);
       if (gt) store(grad_t + c * pitch + group, skip != 0 ? zero : scaled_lanes<T>(e.u - e.p * sum_u, factor));
     }
   }

@@ -56,7 +56,7 @@ struct LogSum {
   double sum = 0, log = 0;  // log of the sum, once all is added
 
   // With `keep`, the exponentials are kept there (relative to the max after this call).
-  KD_INLINE void add(LogSum& self, const T* x, int n, T inverse_t, T* keep = nullptr) {
+  KD_INLINE void add(LogSum& self, const T* x, int n, T inverse_t, T* keep = nullptr, Ahead ahead = {}) {
     constexpr int W = kWidth<T>;
     Vec<T> m0 = splat<T>(-T(kInf)), m1 = m0;
     int i = 0;
@@ -82,12 +82,15 @@ struct LogSum {
     Vec<T> s0 = splat<T>(0), s1 = s0;
     if (keep) {
       for (i = 0; i < n; i += W) {
+        fetch(ahead, i);
         const Vec<T> e = vexp_bounded<T>((load(x + i) - m) * inverse_t);
         store(keep + i, e);
         s0 += e;
       }
     } else {
       for (i = 0; i + 2 * W <= n; i += 2 * W) {
+        fetch(ahead, i);
+        fetch(ahead, i + W);
         s0 += vexp_bounded<T>((load(x + i) - m) * inverse_t);
         s1 += vexp_bounded<T>((load(x + i + W) - m) * inverse_t);
       }
@@ -135,8 +138,8 @@ static void log_sums(const Row<T>& row, int64_t hole, bool need_raw, bool need_t
     const int padded = (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
     const T* x = block_of(call.student, row.s, start, n, hole, buffer_x);
     const T* z = block_of(call.teacher, row.t, start, n, hole, buffer_z);
-    LogSum<T>::add(out.student, x, padded, row.inverse_t, kept.first ? kept.first + start : nullptr);
-    LogSum<T>::add(out.teacher, z, padded, row.inverse_t, kept.second ? kept.second + start : nullptr);
+    LogSum<T>::add(out.student, x, padded, row.inverse_t, kept.first ? kept.first + start : nullptr, behind(call.student, row.s + start + n));
+    LogSum<T>::add(out.teacher, z, padded, row.inverse_t, kept.second ? kept.second + start : nullptr, behind(call.teacher, row.t + start + n));
     if (kept.first) {
       kept.max_first[start / kBlock] = out.student.max;
       kept.max_second[start / kBlock] = out.teacher.max;

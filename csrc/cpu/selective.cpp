@@ -118,6 +118,11 @@ static void tile(const SelectiveCall& call, int64_t block) {
   const V scale_a = splat<T>(T(call.scale_a)), scale_b = splat<T>(T(call.scale_b));
   T* reliability_a = static_cast<T*>(call.reliability_a) + first;
   T* reliability_b = static_cast<T*>(call.reliability_b) + first;
+  const int64_t next = first + size < call.rows.count ? first + size : first;
+  const int inner = call.rows.axes - 1;
+  const Ahead of_a = beneath(call.a, call.a.row_strides[inner], row_offset(call.rows, call.a, next));
+  const Ahead of_b = beneath(call.b, call.b.row_strides[inner], row_offset(call.rows, call.b, next));
+  const uintptr_t size_a = uintptr_t(kItemSize[int(call.a.dtype)]), size_b = uintptr_t(kItemSize[int(call.b.dtype)]);
   V loss_a = zero, loss_b = zero;  // per lane: at most a few dozen pixels each
   I n_valid = {}, n_to_a = {}, n_to_b = {};
   for (int64_t group = 0; group < count; group += W) {
@@ -149,7 +154,10 @@ static void tile(const SelectiveCall& call, int64_t block) {
       const V shift_a = sa.max == negative_inf ? zero : sa.max, shift_b = sb.max == negative_inf ? zero : sb.max;
       sa.sum = sb.sum = zero;
       V raw_a = zero, raw_b = zero, moment_a = zero, moment_b = zero;
+      const Ahead ahead_a{of_a.from + uintptr_t(group) * size_a, of_a.step}, ahead_b{of_b.from + uintptr_t(group) * size_b, of_b.step};
       for (int64_t c = 0; c < C; ++c) {
+        fetch(ahead_a, c);
+        fetch(ahead_b, c);
         const V za = load(ag + c * pitch), zb = load(bg + c * pitch), da = za - shift_a, db = zb - shift_b;
         const V ea = vexp_bounded<T>(da * inverse_t), eb = vexp_bounded<T>(db * inverse_t);
         sa.sum += ea;
