@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdfast._checks import check_choice
@@ -32,7 +33,7 @@ def generalized_jsd_loss(
         labels: [B, L], -100 where a token does not count.
         reduction: "batchmean" divides the sum by the tokens that count, or by B without labels; "mean" by those tokens times V;
             "sum". (TRL's "none", one number for each class, is not there: the classes of a row are summed as they are read.)
-        num_items_in_batch: divides the sum instead, as gradient accumulation needs it.
+        num_items_in_batch: divides the sum instead, as gradient accumulation needs it; 0 of them give 0, in TRL NaN.
 
     >>> loss = generalized_jsd_loss(student_logits, teacher_logits, labels, beta=0.5)
     """
@@ -42,7 +43,7 @@ def generalized_jsd_loss(
         student_logits, teacher_logits, kind="js", beta=beta, temperature=temperature, mask=keep, reduction="sum"
     )
     if num_items_in_batch is not None:
-        return total / num_items_in_batch
+        return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp_min(1)
     if reduction == "sum":
         return total
     if reduction == "batchmean":

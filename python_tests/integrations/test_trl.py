@@ -51,6 +51,9 @@ def test_no_kept_token_and_wrong_reduction(peer):
     student, teacher, labels = inputs()
     for loss in (generalized_jsd_loss, peer.generalized_jsd_loss):
         assert loss(student, teacher, labels=torch.full_like(labels, -100)).item() == 0
+    nothing = generalized_jsd_loss(student, teacher, torch.full_like(labels, -100), num_items_in_batch=0)
+    (grad,) = torch.autograd.grad(nothing, student)
+    assert nothing.item() == 0 and (grad == 0).all()
     with pytest.raises(ValueError, match="reduction"):
         generalized_jsd_loss(student, teacher, reduction="none")
 
