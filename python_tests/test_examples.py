@@ -1,6 +1,8 @@
 """The programs in examples/: a few steps of each learn something, and what they return is what they print."""
 
+import copy
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -74,6 +76,32 @@ def test_kd_trainer_by_name_and_again(tmp_path, capsys):
     assert set(printed) == {"loss", "ce", "kd"} and (tmp_path / "out" / "model.safetensors").exists()
     again = example("kd_trainer").main([*arguments, "--max_steps", "5"])  # from the checkpoint of step 4
     assert again.state.global_step == 5 and len([row for row in again.state.log_history if "loss" in row]) == 5
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's and its imports' own
+def test_trls_trainer_with_our_loss(tmp_path, capsys):
+    lm = pytest.importorskip("lm")
+    pytest.importorskip("trl.experimental.gkd", exc_type=ImportError)
+    tokenizer = copy.deepcopy(lm.tokenizer(300))
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for name, hidden in (("student", 32), ("teacher", 48)):
+        lm.llama(300, hidden, seed=hidden).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    turns = [
+        [{"role": "user", "content": text[:30]}, {"role": "assistant", "content": text[30:80]}] for text in lm.TEXTS[:8]
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    options = {
+        "model": tmp_path / "student", "teacher_model_name_or_path": tmp_path / "teacher", "data": tmp_path / "chats.jsonl",
+        "output_dir": tmp_path / "out", "lmbda": 0.0, "max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant", "max_length": 64, "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False,
+    }  # fmt: skip
+    trainer = example("gkd_trainer").main(
+        [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    )
+    falls([row["loss"] for row in trainer.state.log_history if "loss" in row], 0.98)
+    assert re.search(r"loss: [\d.]+ at first, [\d.]+ at the end", capsys.readouterr().out)
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_each_is_named_in_the_readme():
