@@ -40,7 +40,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "knowledge_concentration", 3, "Knowledge Concentration: Learning 100K Object Classifiers in a Single CNN",
-        "1711.07607", 2017, task="digit_tree", needs=("several teachers", "multi-hot labels"), ops=("divergence",), parts=(), status="planned",
+        "1711.07607", 2017, task="digit_tree", needs=("several teachers", "multi-hot labels"), ops=(), parts=(), status="ready",
     ),
     Row(
         "trg", 4, "Knowledge Distillation via Token-level Relationship Graph",

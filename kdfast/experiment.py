@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_model
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
@@ -59,21 +59,20 @@ class Arm:
 
 @dataclass(frozen=True)
 class Labels:
-    """Cross-entropy of the student, and of the second network where it is a student too."""
+    """Cross-entropy, or the `loss` of a task, of the student, and of the second network where it is a student too."""
 
     ignore_index: int = -100
     trains_teacher: bool = False
     label_smoothing: float = 0.0
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, context: Context) -> LossOutput:
         networks = (context.student, context.teacher)[: 2 if self.trains_teacher else 1]
         assert context.labels is not None
-        losses = [
-            F.cross_entropy(
-                logits, context.labels, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
-            )
-            for logits in networks
-        ]
+        loss = self.loss or partial(
+            F.cross_entropy, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+        )
+        losses = [loss(logits, context.labels) for logits in networks]
         total = losses[0] + losses[1] if self.trains_teacher else losses[0]
         return LossOutput(total, {"ce": total.detach()})
 
@@ -99,7 +98,8 @@ def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
     plain = "mutual" if task.peers else "kd"
     arms = [Arm("ce", None)]
     for slug, given in ((plain, options if method == plain else {}), (method, options)):
-        if slug == arms[-1].method:  # the method is the plain form
+        # the method is the plain form, or the task has none
+        if slug == arms[-1].method or (slug != method and task.loss is not None):
             continue
         kind = load(slug)
         wanted = getattr(kind, "captures", ())
@@ -250,7 +250,7 @@ def _uses_teacher(task: Task, arm: Arm) -> bool:
 def _train_teacher(task: Task, seed: int, out: Path) -> dict[str, Any]:
     _, teacher = models(task, seed)
     own = {} if task.teacher_optimizer is None else {"optimizer": task.teacher_optimizer}
-    distiller = Distiller(teacher, None, Labels(task.ignore_index), **_common(task, seed) | own)
+    distiller = Distiller(teacher, None, Labels(task.ignore_index, loss=task.loss), **_common(task, seed) | own)
     return _fit(task, distiller, "teacher", seed, task.teacher_steps, out / "runs" / f"teacher-{seed}.safetensors")
 
 
@@ -291,7 +291,7 @@ def distiller_of(
     if taught is not None:
         load_model(other, taught)
     if arm.method is None:
-        labels = Labels(task.ignore_index, trains_teacher=task.peers, **arm.options)
+        labels = Labels(task.ignore_index, trains_teacher=task.peers, **{"loss": task.loss, **arm.options})
         return Distiller(student, other if task.peers else None, labels, **common)
     kind = load(arm.method)
     wanted = getattr(kind, "captures", ())

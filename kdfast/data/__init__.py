@@ -32,6 +32,7 @@ TASKS = {
     "relabelled_digits": "kdfast.data.relabelled_digits:relabelled_digits_task",
     "digit_turns": "kdfast.data.digit_turns:digit_turns_task",
     "digit_stages": "kdfast.data.digit_stages:digit_stages_task",
+    "digit_tree": "kdfast.data.digit_tree:digit_tree_task",
     "large_digits": "kdfast.data.large_digits:large_digits_task",
     "digit_tail": "kdfast.data.digit_tail:digit_tail_task",
 }

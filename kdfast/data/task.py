@@ -70,6 +70,8 @@ class Task:
     layers: {name: (student path, teacher path)}, None for neither, of features a method may read, widths: {name: their channels}.
     dim: class axis of the logits; ignore_index: of the labels; classes: how many, None where that says nothing.
     hints: more options that a method with a parameter of that name gets in a run by name.
+    loss: (output, labels) -> scalar, where labels alone are not learned by cross-entropy: of the teacher and of the arm without a method;
+        there is no plain KD then.
     columns: names of what follows inputs and labels in a training batch. metrics: {name: (predictions, labels) -> float}; the first counts.
     steps, eval_every, teacher_steps, batch_size, lr: optimizer steps of AdamW at a constant rate.
     optimizer, scheduler: as in `kdfast.train.Distiller`, in place of that; for the students. teacher_optimizer: for their teacher.
@@ -93,6 +95,7 @@ class Task:
     classes: int | None = None
     hints: Mapping[str, Any] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
     metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=lambda: {"accuracy": accuracy})
     steps: int = 800
     eval_every: int = 40

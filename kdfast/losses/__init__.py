@@ -14,6 +14,12 @@ from kdfast.losses.divergence import (
 )
 from kdfast.losses.linear import LinearDistillationLoss, linear_distillation_loss
 from kdfast.losses.module import LossModule, LossOutput
+from kdfast.losses.multi_label import (
+    MultiLabelLoss,
+    SparseMultiLabelLoss,
+    multi_label_loss,
+    sparse_multi_label_loss,
+)
 from kdfast.losses.relations import (
     TokenContextLoss,
     TokenContrastLoss,
@@ -59,6 +65,7 @@ __all__ = [
     "LoadBalancingLoss",
     "LossModule",
     "LossOutput",
+    "MultiLabelLoss",
     "RegionSelection",
     "RegionSelectiveLoss",
     "RouterZLoss",
@@ -67,6 +74,7 @@ __all__ = [
     "SinkhornDivergence",
     "SinkhornKDLoss",
     "SparseKDLoss",
+    "SparseMultiLabelLoss",
     "TokenContextLoss",
     "TokenContrastLoss",
     "TokenGraphLoss",
@@ -84,6 +92,7 @@ __all__ = [
     "kd_loss",
     "linear_distillation_loss",
     "load_balancing_loss",
+    "multi_label_loss",
     "region_selection",
     "region_selective_loss",
     "router_z_loss",
@@ -91,6 +100,7 @@ __all__ = [
     "sinkhorn_divergence",
     "sinkhorn_kd_loss",
     "sparse_kd_loss",
+    "sparse_multi_label_loss",
     "token_context_loss",
     "token_contrast_loss",
     "token_graph_loss",

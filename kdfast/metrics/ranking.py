@@ -1,4 +1,4 @@
-"""Ranking metrics of link prediction: filtered rank, mean reciprocal rank, Hits@k."""
+"""Ranking metrics: filtered rank, mean reciprocal rank and Hits@k of link prediction; average precision of classes."""
 
 from __future__ import annotations
 
@@ -50,6 +50,28 @@ def mean_reciprocal_rank(ranks: Tensor) -> float:
     0.75
     """
     return float((1 / ranks.double()).mean())
+
+
+def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
+    """Of each class: the mean over its positive rows of the share of positives among the rows scored as high or higher; [C].
+
+    Args: scores: [B, C]. targets: [B, C], positive where not 0. Equal scores count together; a class without positives is NaN.
+
+    >>> average_precision(torch.tensor([[3.0], [2.0], [1.0]]), torch.tensor([[1], [0], [1]])).tolist()
+    [0.8333333333333334]
+    """
+    check_float_tensor("scores", scores)
+    if scores.dim() != 2 or targets.shape != scores.shape:
+        raise ValueError(f"targets: expected shape {tuple(scores.shape)}, [B, C], got {tuple(targets.shape)}")
+    if bool(scores.isnan().any()):
+        raise ValueError("scores: expected no NaN")
+    found = []
+    for column, positive in zip(scores.T, targets.T != 0):
+        ascending, own = column.sort().values, column[positive].sort().values
+        above = len(ascending) - torch.searchsorted(ascending, own)  # rows scored at least as high as each positive
+        right = len(own) - torch.searchsorted(own, own)
+        found.append((right / above.double()).mean())
+    return torch.stack(found)
 
 
 def hits_at(ranks: Tensor, k: int) -> float:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdfast.metrics import filtered_rank, hits_at, mean_reciprocal_rank
+from kdfast.metrics import average_precision, filtered_rank, hits_at, mean_reciprocal_rank
 
 
 def test_ranks_by_hand():
@@ -48,3 +48,19 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_average_precision_by_hand_and_with_ties():
+    scores = torch.tensor([[4.0, 1.0], [3.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
+    targets = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 0]])
+    each = average_precision(scores, targets)
+    assert each.tolist() == pytest.approx([(1 + 2 / 3) / 2, 1 / 4])  # a constant scorer gets the share of its positives
+    assert math.isnan(average_precision(scores, torch.zeros(4, 2))[0])
+    sklearn = pytest.importorskip("sklearn.metrics")
+    scores, targets = torch.randn(200, 3).mul(2).round(), torch.randint(2, (200, 3))
+    want = sklearn.average_precision_score(targets.numpy(), scores.numpy(), average=None)
+    assert average_precision(scores, targets).tolist() == pytest.approx(want.tolist())
+    with pytest.raises(ValueError, match="targets: expected shape"):
+        average_precision(scores, targets[:, :2])
+    with pytest.raises(ValueError, match="scores: expected no NaN"):
+        average_precision(scores * math.nan, targets)
