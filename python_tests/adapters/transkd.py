@@ -82,7 +82,8 @@ def mixer(inputs, params, weights):
 def assistant(inputs, params, weights):
     own = renamed(weights, ASSISTANT)
     own["weights"] = torch.tensor([params["w_projection"], params["w_assistant"]], dtype=torch.float64)
-    entering, tokens = inputs["prev_feature"], inputs["student_embedding"]
+    entering = inputs["prev_feature" if "prev_feature" in inputs else "image"]
+    tokens = inputs["student_embedding"]
     module = EmbeddingAssistant(
         entering.shape[1], tokens.shape[2], len(own["linear.weight"]), kernel=params["patch"], stride=params["stride"]
     ).double()
