@@ -261,7 +261,8 @@ class Method(SegmentationMethod):
         stage: "teacher": the network given as student becomes the teacher, there is no second one; "student": the teacher is what the
             first stage gave, or any network of image and label channel. A run by name does both.
         paths, codes: of the teacher stage, 2 and "random"; 1 and "fixed" are its ablation. noise_std: default 0.03 for the teacher, 0.02
-            for the student. aux_weight: default 0.4 and 0.02. assistance: False: an ordinary teacher of the images, and no label
+            for the student. label_scale: `scale` of the encoding; the paper's 100 is for images of -128 to 127 (the code subtracts the mean
+            of 0 to 255), 100 / 255 suits images of 0 to 1. aux_weight: default 0.4 and 0.02. assistance: False: an ordinary teacher of the images, and no label
             channel, to compare with. keep: by validation mIoU, the teacher's with its labels. Others: the losses, `encode_labels`.
     """
 
@@ -269,7 +270,7 @@ class Method(SegmentationMethod):
 
     def __init__(
         self, *, num_classes: int, stage: str = "student", paths: int = 2, codes: str = "random", noise_std: float | None = None,
-        scale: float = 100.0, consistency_weight: float = 5.0, kd_weight: float = 3.0, aux_weight: float | None = None,
+        label_scale: float = 100.0, consistency_weight: float = 5.0, kd_weight: float = 3.0, aux_weight: float | None = None,
         temperature: float = 4.0, distance: str = "cwd", assistance: bool = True, image_channels: int = 3, ignore_index: int = -1,
         keep: str = "best",
     ) -> None:  # fmt: skip
@@ -282,7 +283,7 @@ class Method(SegmentationMethod):
         self.image_channels = check_int("image_channels", image_channels, low=1)
         self.coding: dict[str, Any] = {
             "noise_std": check_number("noise_std", (0.03 if teaches else 0.02) if noise_std is None else noise_std, low=0.0),
-            "scale": check_number("scale", scale), "ignore_index": ignore_index,
+            "scale": check_number("label_scale", label_scale), "ignore_index": ignore_index,
         }  # fmt: skip
         aux = (0.4 if teaches else 0.02) if aux_weight is None else aux_weight
         self.options: dict[str, Any] = {

@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from kdfast.data import models
+from kdfast.data import load_task, models
 from kdfast.data.canvases import BACKGROUND, CLASSES, IGNORE, canvas_splits, canvases, canvases_task
 from kdfast.losses import region_selective_loss
 from kdfast.ops import selective_kl
@@ -62,3 +62,15 @@ def test_directions_and_ties_are_the_labelled_pixels():
     features = torch.randn(8, 4, 8, 8)
     regions = region_selective_loss(features, features.flip(0), cnn, vit, labels).parts
     assert int(regions["num_to_a"]) + int(regions["num_to_b"]) <= 7 * 16  # the tied canvas teaches nothing
+
+
+def test_the_cnns_of_two_widths():
+    task = load_task("canvas_cnns")
+    splits = task.splits(0)
+    assert splits["teacher"] is splits["student"]
+    student, teacher = models(task, 0)
+    images = splits["val"].tensors[0][:2]
+    assert student(images).shape == teacher(images).shape == (2, CLASSES, 32, 32)
+    for model, side in ((student, 0), (teacher, 1)):
+        low = model.low(model.stem(images))
+        assert (low.shape[1], model.high(low).shape[1]) == (task.widths["low"][side], task.widths["high"][side])
