@@ -38,10 +38,10 @@ from kdfast.experiment import Arm, arms_of, distiller_of, threads
 
 RESULT = ROOT / "benchmarks" / "results" / "methods" / "costs.json"
 READY = tuple(row.slug for row in (*BASELINES, *CATALOGUE) if row.status == "ready")
-# (the arm to measure, the one beside it), where a method names its own arms: the plain form of the same size
+# (the arm to measure, the one beside it), where a method names its own arms, or its task has no plain KD: the plain form of the same size
 ARMS = {
     "hyperformer": ("whole", "dense"), "switch_dit": ("whole", "dit"), "mst_distill": ("mst", "multimodal"), "mdcs": ("mdcs", "ce"),
-    "rotnet": ("rotnet", "supervised"), "lad": ("lad", "kd"),
+    "rotnet": ("rotnet", "supervised"), "knowledge_concentration": ("knowledge_concentration", "ce"), "lad": ("lad", "kd"),
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {"kd3": {"cutoff": 0.05}}  # a teacher that is not trained is sure of nothing
 FORMS = ("method", "beside", "method on the reference path", "beside on the reference path")
