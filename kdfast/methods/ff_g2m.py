@@ -255,8 +255,14 @@ class Method(MethodBase):
 
     Both models are called with features and edges; the student leaves the edges alone. A node without a label has `ignore_index`. The
     stopping rule (50 epochs without a gain on the validation nodes, the best epoch counts) is `Distiller.fit(patience=)`.
+    Published: Adam, weight decay 5e-4, at most 500 epochs; teacher at 0.01. By data set and teacher: hidden width 128 to 2048, tau 1.0 to
+    1.5, lambda 0.0 (all of Pubmed) to 0.5, 3 layers on Cora and Amazon-Photo, rate 0.01 (Amazon-Photo 0.001).
 
-    Args: Others: `prepare_edges`, `ff_g2m_loss`.
+    Args: those of `prepare_edges` and `ff_g2m_loss`.
+
+    >>> teacher = GCN(in_features, classes)     # kdfast.nn.graph, trained on its labels with the same `fit`
+    >>> run = Distiller(NodeMLP(in_features, classes), teacher, "ff_g2m")
+    >>> run.fit(DataLoader(graph, 1, collate_fn=as_read), 500, eval_loader=validation, patience=50)
     """
 
     columns = ("edges",)

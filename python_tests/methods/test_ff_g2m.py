@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kdfast import methods
+from kdfast.methods import ff_g2m
 from kdfast.methods.ff_g2m import (
     EdgeTargets,
     add_loops,
@@ -110,6 +111,13 @@ def test_the_constant_part_is_what_no_student_reaches():
     torch.testing.assert_close(loss, targets.spread)
     assert targets.spread > 0.1
     assert torch.autograd.grad(loss, best)[0].abs().max() < 1e-12
+
+
+def test_preparation_in_parts_is_the_same(monkeypatch):
+    _, t = logits()
+    whole = prepare_low(t, EDGES)
+    monkeypatch.setattr(ff_g2m, "CHUNK", 3)
+    torch.testing.assert_close(prepare_low(t, EDGES), whole)
 
 
 def test_pairs_are_run_over_once():
@@ -255,16 +263,16 @@ def test_options_are_checked_at_once():
 def test_the_experiment_runs_and_says_what_the_numbers_say(tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("sklearn")
-    from benchmarks.experiments import ff_g2m
+    from benchmarks.experiments import ff_g2m as experiment
     from kdfast.data import load_task
 
-    tasks = [dataclasses.replace(load_task(name), teacher_steps=10) for name in ff_g2m.DATA]
+    tasks = [dataclasses.replace(load_task(name), teacher_steps=10) for name in experiment.DATA]
     out = tmp_path / "ff_g2m.json"
-    results = ff_g2m.run(out, seeds=1, steps=10, tasks=tasks, work=tmp_path / "work")
-    assert list(results["data"]) == list(ff_g2m.DATA) and len(results["sentences"]) == 16
+    results = experiment.run(out, seeds=1, steps=10, tasks=tasks, work=tmp_path / "work")
+    assert list(results["data"]) == list(experiment.DATA) and len(results["sentences"]) == 16
     for found in results["data"].values():
-        assert list(found["arms"]) == ["teacher", *(arm.name for arm in ff_g2m.ARMS)]
+        assert list(found["arms"]) == ["teacher", *(arm.name for arm in experiment.ARMS)]
         assert found["arms"]["teacher"]["test"][0] > 0.5
-        for arm in ff_g2m.ARMS:
+        for arm in experiment.ARMS:
             assert 0 < found["arms"][arm.name]["measures"]["cosine along edges"][0] < 1
-    assert ff_g2m.run(out, seeds=1, tasks=tasks, work=tmp_path / "elsewhere") == json.loads(out.read_text())
+    assert experiment.run(out, seeds=1, tasks=tasks, work=tmp_path / "elsewhere") == json.loads(out.read_text())
