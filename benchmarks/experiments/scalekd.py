@@ -32,7 +32,7 @@ CLAIMS = (("kd", "ce"), ("scalekd", "ce"), ("scalekd", "kd"), *(("scalekd", part
 
 
 def run(
-    out: Path, *, seeds: int = 5, steps: int | None = None, task: Task | None = None, work: Path | None = None
+    out: Path, *, seeds: int = 10, steps: int | None = None, task: Task | None = None, work: Path | None = None
 ) -> dict[str, Any]:
     return run_own(
         out, "digit_patches", "scalekd", CLAIMS, seeds=seeds, steps=steps, task=task, work=work, arms=ARMS, more=more
