@@ -2,17 +2,19 @@
 #pragma once
 
 #include "cpu/divergence_common.h"
+#include "cpu/divergence_tile.h"
 
 namespace kdfast {
 namespace KD_ISA {
 namespace {
 
 // Rows that lie side by side (class axis strided, innermost row axis contiguous): each vector lane is one row, and a tile of
-// rows x classes is staged so that main memory is read in runs of a kilobyte instead of one element per row. Rows of a few
-// classes come here too, however they lie: a vector along ten classes is half empty, and its sums cost more than its terms.
+// rows x classes is staged so that main memory is read in runs of a kilobyte instead of one element per row. Rows of few
+// classes come here too, however they lie: a vector along ten classes is half empty, and the sums of a hundred cost as much as the terms.
 constexpr int64_t kTileLogits = 4096;  // per model: 16 KB (float)
 constexpr int64_t kLanesMaxClasses = 4096;
-constexpr int64_t kShortRow = 48;  // from about here on vectors along the classes are as fast (measured at 16 lanes)
+template <class T>
+constexpr int64_t kShortRow = 16 * kWidth<T>;  // from about here on vectors along the classes are as fast (measured at 16, 8 and 4 lanes)
 
 KD_INLINE int64_t tile_rows(int64_t classes, int width) {
   const int64_t rows = kTileLogits / classes / width * width;
@@ -23,7 +25,7 @@ template <class T>
 KD_INLINE bool lanes_fit(const DivergenceCall& call) {
   const int inner = call.rows.axes - 1;
   if (call.kind == Kind::dkd || call.zero || call.rows.sizes[inner] < kWidth<T>) return false;
-  if (call.classes <= kShortRow) return true;
+  if (call.classes <= kShortRow<T>) return true;
   const auto side_by_side = [&](const Logits& logits) { return !logits.data || logits.row_strides[inner] == 1; };
   return call.student.class_stride != 1 && call.classes <= kLanesMaxClasses && side_by_side(call.student) &&
          side_by_side(call.teacher) && side_by_side(call.grad_student) && side_by_side(call.grad_teacher);
@@ -87,9 +89,9 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
   T* ps = static_cast<T*>(thread_scratch(5, std::size_t(C * W) * sizeof(T)));
   const int64_t s = row_offset(call.rows, call.student, row0), t = row_offset(call.rows, call.teacher, row0);
   const auto beside = [&](const Logits& logits) { return logits.row_strides[call.rows.axes - 1]; };
+  gather_tile(call.student, s, beside(call.student), count, C, x, pitch);
+  gather_tile(call.teacher, t, beside(call.teacher), count, C, z, pitch);
   for (int64_t c = 0; c < C; ++c) {
-    load_logits(call.student, s + c * call.student.class_stride, beside(call.student), count, x + c * pitch);
-    load_logits(call.teacher, t + c * call.teacher.class_stride, beside(call.teacher), count, z + c * pitch);
     for (int64_t i = count; i < pitch; ++i) x[c * pitch + i] = z[c * pitch + i] = 0;
   }
   const bool backward = call.grad_rows, rows_entry = call.out_rows;
@@ -223,7 +225,7 @@ static void lanes_tile(const DivergenceCall& call, int64_t outer, int64_t first,
   }
   const auto write = [&](const Logits& grad, const T* values, int64_t width) {
     const int64_t to = row_offset(call.rows, grad, row0);
-    for (int64_t c = 0; c < C; ++c) store_logits(values + c * pitch, count, grad, to + c * grad.class_stride, beside(grad));
+    scatter_tile(values, pitch, count, C, grad, to, beside(grad));
     for (int64_t c = C; c < width; ++c) store_zeros<T>(count, grad, to + c * grad.class_stride, beside(grad));
   };
   if (gs) write(call.grad_student, grad_s, call.student_width);
