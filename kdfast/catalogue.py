@@ -124,7 +124,7 @@ CATALOGUE: tuple[Row, ...] = (
     ),
     Row(
         "transkd", 24, "TransKD: Transformer Knowledge Distillation for Efficient Semantic Segmentation",
-        "2202.13393", 2022, task="canvas_stages", needs=("teacher", "stage maps", "patch embeddings", "pixel labels"), ops=(), parts=("channel-wise KD", "best epoch"), status="ready",
+        "2202.13393", 2022, task="canvas_stages", needs=("teacher", "stage maps", "patch embeddings", "pixel labels"), ops=(), parts=("channel-wise KD", "best epoch", "query attention"), status="ready",
     ),
     Row(
         "mgd", 25, "Multi-Granularity Distillation Scheme Towards Lightweight Semi-Supervised Semantic Segmentation",

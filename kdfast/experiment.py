@@ -117,7 +117,7 @@ def arms_of(task: Task, method: str, options: Mapping[str, Any]) -> list[Arm]:
         if getattr(made, "trains_teacher", False) != task.peers:
             kinds = {True: "two students that teach each other", False: "a trained teacher"}
             raise ValueError(f"method: {slug} is for {kinds[not task.peers]}, {task.name} has {kinds[task.peers]}")
-        own = getattr(kind, "own_teacher", None)
+        own = getattr(made, "own_teacher", None)
         teacher = None if own is None else Arm(f"{slug} teacher", slug, {**bound, **own})
         start = "ce" if getattr(kind, "starts_trained", False) else None
         arms += ([] if teacher is None else [teacher]) + [Arm(slug, slug, bound, start=start, teacher=teacher)]

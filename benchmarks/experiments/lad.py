@@ -4,8 +4,8 @@ Students are CNNs of width 16, 250 steps of 16 for all. Arms: labels alone (ce);
 (cwd); LAD from the label teacher, which is the student's own network (lad). The label teacher learns with random numbers for the
 classes and two paths; the ablation (one path) with fixed numbers and a single path. Both are scored on the test split with the label
 channel in three ways: the fixed numbers, new random ones, zeros. The last epoch counts in every arm, since labels alone keep none.
-The settings are the method's defaults, but for the scale of the label channel: 100 / 255, since the paper's 100 is for images of 0 to
-255 and these are of 0 to 1. The claims to look at: label teacher (with its labels) clearly above labels alone; lad not below labels
+The settings are the method's defaults, but for the scale of the label channel: 100 / 255, since the paper's 100 is for images of
+-128 to 127 and these are of 0 to 1. The claims to look at: label teacher (with its labels) clearly above labels alone; lad not below labels
 alone; with new random numbers the one-path teacher loses far more than the two-path one.
 
 Tried for the label teacher on the validation split of seed 0 (mIoU with random numbers, with zeros): width 6, rate 0.01, scale 100: 8, 8,

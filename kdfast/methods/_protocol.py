@@ -124,7 +124,7 @@ class Method(ResizedBuffers):
     starts_trained: ClassVar[bool] = False
     uses_teacher: bool = True  # an option may decide it
     teacher_each_step: ClassVar[bool] = True
-    own_teacher: ClassVar[Mapping[str, Any] | None] = None
+    own_teacher: Mapping[str, Any] | None = None  # an option may decide it
 
     def forward(self, context: Context) -> LossOutput:
         raise NotImplementedError(f"{type(self).__module__}.Method must define forward(context) -> LossOutput")

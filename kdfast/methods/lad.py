@@ -6,7 +6,7 @@ Based on: the authors' code, github.com/skyshoumeng/Label_Assisted_Distillation 
 Differs from the paper: it says noise on the label and a distance between two paths. The code, followed here, makes the noise of random
     numbers per class and a little of a Gaussian, the distance of channel-wise KL both ways; fixed numbers while the student learns are
     in the code alone. Differs from the code: log-softmax in place of the log of a softmax; one clean run from the given weights, where
-    the released student starts from an earlier one; the label channel is not smoothed there either.
+    the released student starts from an earlier one.
 Reconstruction: the fixed numbers for other than 21 classes; `pixel_kl`, of which only T and the 1e-5 in the log are known.
 Symbols: x [B, C, H, W] image, y [B, H, W] labels in [0, K) or ignored, code [B, K+1] a number per class, slot K for ignored pixels;
     e [B, 1, H, W] standard normal; z [B, K, h, w] logits, z_aux those of an auxiliary head, which a network may lack.
@@ -25,7 +25,7 @@ The student's label channel is 0, in training and ever after. The paper: both fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -259,14 +259,12 @@ class Method(SegmentationMethod):
 
     Args:
         stage: "teacher": the network given as student becomes the teacher, there is no second one; "student": the teacher is what the
-            first stage gave, or any network of image and label channel. A run by name does both.
+            first stage gave, or any network of image and label channel in a `LabelInput`. A run by name does both.
         paths, codes: of the teacher stage, 2 and "random"; 1 and "fixed" are its ablation. noise_std: default 0.03 for the teacher, 0.02
             for the student. label_scale: `scale` of the encoding; the paper's 100 is for images of -128 to 127 (the code subtracts the mean
             of 0 to 255), 100 / 255 suits images of 0 to 1. aux_weight: default 0.4 and 0.02. assistance: False: an ordinary teacher of the images, and no label
             channel, to compare with. keep: by validation mIoU, the teacher's with its labels. Others: the losses, `encode_labels`.
     """
-
-    own_teacher: ClassVar = {"stage": "teacher"}
 
     def __init__(
         self, *, num_classes: int, stage: str = "student", paths: int = 2, codes: str = "random", noise_std: float | None = None,
@@ -280,6 +278,7 @@ class Method(SegmentationMethod):
             raise ValueError(f"paths: expected 1 or 2, got {paths}")
         self.stage, self.paths, self.codes = stage, paths, check_choice("codes", codes, CODES)
         self.uses_teacher, self.assistance = not teaches, assistance or teaches
+        self.own_teacher = {"stage": "teacher"} if self.assistance and not teaches else None
         self.image_channels = check_int("image_channels", image_channels, low=1)
         self.coding: dict[str, Any] = {
             "noise_std": check_number("noise_std", (0.03 if teaches else 0.02) if noise_std is None else noise_std, low=0.0),
@@ -297,10 +296,12 @@ class Method(SegmentationMethod):
             self.options |= {"kd_weight": check_number("kd_weight", kd_weight, low=0.0), "distance": distance}
 
     def adapt(self, student: nn.Module) -> nn.Module:
-        if self.assistance and not isinstance(student, LabelInput):
-            if first_conv(student)[1].in_channels == self.image_channels:
-                student = inflate_first_conv(student)
-            student = LabelInput(student, self.image_channels, blind=self.stage == "student")
+        if self.assistance:
+            if not isinstance(student, LabelInput):
+                if first_conv(student)[1].in_channels == self.image_channels:
+                    student = inflate_first_conv(student)
+                student = LabelInput(student, self.image_channels)
+            student.blind = self.stage == "student"
         return super().adapt(student)
 
     def encode(self, images: Tensor, labels: Tensor, *, random: bool = False) -> Tensor:

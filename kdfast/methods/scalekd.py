@@ -5,8 +5,8 @@ Based on: the authors' code, github.com/deep-optimization/ScaleKD at 478a7db: mm
     kd.py), mmcls/models/classifiers/distiller.py.
 Differs from the code: the alternating view subtracts the spatial mean, which is what its DCT, mask and inverse DCT do, so a view that
     is constant over space is exactly 0; L_kd takes a log-softmax (the code's log of a softmax is NaN for extreme logits); positions are on
-    the student's grid (fmd.py; fmdv2.py has them on the query's); the teacher stays in eval mode and its weights are constants. As in the
-    code: outputs of windows are not put back into the grid's order (`restore_order` does it).
+    the student's grid (fmd.py; fmdv2.py has them on the query's); the teacher stays in eval mode and its weights are
+    constants, trainable ones too. As in the code: outputs of windows are not put back into the grid's order (`restore_order` does it).
 Symbols: F_s3, F_s4 [B, C, h, w] the student's maps, F_t [B, D, H, W] the teacher's last map after its final norm; S4 the teacher's last
     stage; Q a query [B, H W, D]; z_s, z_t [B, C] logits; a_dir, a_alt, a_kd weights.
 
@@ -162,7 +162,7 @@ def remove_dc(tokens: Tensor) -> Tensor:
 
 
 def unit_view(tokens: Tensor, view: str) -> Tensor:
-    """[B, N, D] with each token of length 1 (its norm at least 1e-12), "alternating" after `remove_dc`; float32 or wider."""
+    """[B, N, D], float32 or wider, with each token of length 1 (its norm at least 1e-12), "alternating" after `remove_dc`."""
     if check_choice("view", view, VIEWS) == "alternating":
         if tokens.shape[1] == 1:
             raise ValueError("tokens: expected more than one position, the alternating view of one is 0 everywhere")
@@ -259,7 +259,8 @@ def scalekd_loss(
 class Method(MethodBase):
     """The projectors, and the teacher's own last stage, which `fit` finds in the teacher (in your own loop: `attach`).
 
-    Reads the features "stage3" and "stage4" of both models; of the teacher, "stage4" after its final norm.
+    Reads "stage3" and "stage4" of the student and "stage4" of the teacher, after its final norm; of the teacher's stage 3 the width and
+    the grid alone. The student's grids are square where its features are tokens.
 
     Args:
         widths: {"stage3": (student, teacher), "stage4": ...}. student_grids, teacher_grids: (height, width) of both stages.

@@ -343,7 +343,9 @@ def _weighted_ce(logits: Tensor, labels: Tensor, weights: Tensor | None, ignore_
     if weights.shape != logits.shape[1:2]:
         raise ValueError(f"class_weights: expected [{logits.shape[1]}], one for each class, got {tuple(weights.shape)}")
     keep = labels.long() != ignore_index
-    rows = torch.where(keep, weights.to(logits)[torch.where(keep, labels.long(), 0)], 0.0)  # [B, h, w]
+    rows = torch.where(
+        keep, weights.to(logits.device, compute_dtype(logits))[torch.where(keep, labels.long(), 0)], 0.0
+    )  # [B, h, w]
     total = cross_entropy_loss(logits, labels, ignore_index=ignore_index, weight=rows, reduction="sum", dim=1)
     return total / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
 
@@ -351,6 +353,8 @@ def _weighted_ce(logits: Tensor, labels: Tensor, weights: Tensor | None, ignore_
 # ---------------------------------------------------------------- by name
 class Method(SegmentationMethod):
     """Reads "pyramid" of both networks: what a submodule returns as (maps F_1..n, embeddings E_1..n), see `kdfast.nn.Pyramid`.
+
+    Variant "ea" reads the images as well: batches are then (images, labels, ...).
 
     Args:
         widths: {"pyramid": (the student's channels of each stage, the teacher's)}. keep: the best epoch on validation data, or "last".
@@ -384,7 +388,8 @@ class Method(SegmentationMethod):
     def forward(self, context: Context) -> LossOutput:
         assert context.labels is not None
         (maps, embeddings), teacher = context.student_features["pyramid"], context.teacher_features["pyramid"]
-        outs, aligned = self.modules_beside(maps, embeddings, context.batch[0])
+        image = context.batch[0] if self.modules_beside.variant == "ea" else None
+        outs, aligned = self.modules_beside(maps, embeddings, image)
         return transkd_loss(
             context.student, context.labels, (outs, teacher[0]), (aligned, teacher[1] if aligned else ()),
             class_weights=self.class_weights, **self.options,

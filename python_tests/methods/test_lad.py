@@ -266,6 +266,23 @@ def test_a_network_that_has_a_label_channel_keeps_it_and_another_is_refused():
         method.adapt(network(3))
 
 
+def test_a_wrapped_network_is_blind_as_a_student_and_sees_as_a_teacher():
+    for stage, blind in (("student", True), ("teacher", False)):
+        method = methods.load("lad")(num_classes=3, image_channels=1, stage=stage)
+        for before in (True, False):
+            assert method.adapt(LabelInput(network(2), 1, blind=before)).blind is blind
+
+
+def test_without_assistance_a_run_by_name_has_the_tasks_teacher():
+    pytest.importorskip("sklearn")
+    from kdfast.data import load_task
+    from kdfast.experiment import arms_of
+
+    task = load_task("canvas_cnns")
+    assert [arm.name for arm in arms_of(task, "lad", {})][-2:] == ["lad teacher", "lad"]
+    assert "lad teacher" not in [arm.name for arm in arms_of(task, "lad", {"assistance": False})]
+
+
 def test_by_name_the_second_stage_is_taught_by_the_first(tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("sklearn")

@@ -271,6 +271,10 @@ def test_class_weights_are_those_of_torch_and_an_ignored_class_counts_nowhere():
     want = F.cross_entropy(student, nearest_labels(labels, (8, 8)), weight=weights, ignore_index=255)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, student), torch.autograd.grad(want, student))
+    large = torch.zeros(2, 4, 256, 256, dtype=torch.float16)  # the sum of the rows' weights is beyond float16
+    classes = torch.randint(3, (2, 256, 256), generator=torch.Generator().manual_seed(0))
+    got = transkd_loss(large, classes, maps, feature_weight=0.0, class_weights=weights).loss
+    torch.testing.assert_close(got.double(), torch.tensor(4.0, dtype=F64).log())
     for nothing in (torch.full_like(labels, 255), torch.full_like(labels, 3)):
         loss = transkd_loss(student, nothing, maps, feature_weight=0.0, class_weights=weights).loss
         assert loss == 0 and not torch.autograd.grad(loss, student)[0].any()
