@@ -107,7 +107,7 @@ def figures(results: dict[str, Any], slug: str) -> Iterator[str]:
     where = f"{threads} thread(s), " if threads else ""
     yield from (
         "",
-        f"{where}torch {found['versions']['torch']}, commit {', '.join(one[:12] for one in commit.split(', '))}; `python -m benchmarks.experiments {slug}`.",
+        f"{where}torch {found['versions']['torch']}, commit {', '.join(dict.fromkeys(one[:12] + '+' * one.endswith('+') for one in commit.split(', ')))}; `python -m benchmarks.experiments {slug}`.",
     )
 
 

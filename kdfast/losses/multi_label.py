@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast._checks import check_choice, check_float_tensor, check_row_tensor
+from kdfast._checks import check_choice, check_float_tensor
 from kdfast._library import compute_dtype, readable
-from kdfast.losses.divergence import REDUCTIONS, reduce_rows
+from kdfast.losses.divergence import REDUCTIONS, check_mask, reduce_rows
 from kdfast.losses.module import LossModule
 
 
@@ -18,14 +18,23 @@ def multi_label_loss(
     """-sum_j [ z_ij log sig(x_ij) + (1 - z_ij) log(1 - sig(x_ij)) ]: a SUM over the classes, the mean over kept rows.
 
     Args: logits: [..., C]. targets: [..., C] in [0, 1], a multi-hot label or probabilities, no gradient. mask, weight, reduction: of rows,
-        as in `kd_loss`.
+        as in `kd_loss`; dropped rows may hold anything.
+    Raises:
+        ValueError: shapes; where values can be read (on the CPU) also targets outside [0, 1] and logits that are not finite.
 
     >>> round(multi_label_loss(torch.zeros(2, 3), torch.ones(2, 3)).item(), 4)
     2.0794
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_float_tensor("logits", logits)
-    check_row_tensor("targets", targets, logits.shape, logits.device)
+    if not isinstance(targets, Tensor) or targets.shape != logits.shape or targets.device != logits.device:
+        got = f"{tuple(targets.shape)} on {targets.device}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"targets: expected shape {tuple(logits.shape)} on {logits.device}, got {got}")
+    logits, targets = _kept(logits, mask), _kept(targets, mask)
+    if readable(logits):
+        if not bool(logits.isfinite().all()):
+            raise ValueError("logits: expected finite numbers")
+        check_probabilities("targets", targets)
     dtype = compute_dtype(logits)
     rows = F.binary_cross_entropy_with_logits(logits.to(dtype), targets.detach().to(dtype), reduction="none").sum(-1)
     return reduce_rows(rows, mask, weight, reduction)
@@ -41,7 +50,7 @@ def sparse_multi_label_loss(
 
     Args: logits: [N, C]. index: [N, K] integers in [0, C), none twice in a row; -1 where there are fewer. value: [N, K] in [0, 1].
     Raises:
-        ValueError: where values can be read (on the CPU): index outside [-1, C) or twice in a row, value outside [0, 1],
+        ValueError: where values can be read (on the CPU), of dropped rows the index alone: index outside [-1, C) or twice in a row, value outside [0, 1],
             logits that are not finite.
     """
     check_choice("reduction", reduction, REDUCTIONS)
@@ -51,6 +60,7 @@ def sparse_multi_label_loss(
         raise ValueError(
             f"index, value: expected [{len(logits)}, K] for logits [N, C], got {tuple(index.shape)}, {tuple(value.shape)} for {tuple(logits.shape)}"
         )
+    logits, value = _kept(logits, mask), _kept(value, mask)
     kept = index >= 0
     if readable(logits):
         if not bool(logits.isfinite().all()):
@@ -67,6 +77,14 @@ def sparse_multi_label_loss(
     positive = x.gather(1, index.clamp_min(0)) * torch.where(kept, value.detach(), 0.0).to(x.dtype)
     rows = -F.logsigmoid(-x).sum(1) - positive.sum(1)
     return reduce_rows(rows, mask, weight, reduction)
+
+
+def _kept(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Dropped rows as 0: the gradient of a NaN is NaN whatever its factor."""
+    if mask is None:
+        return values
+    check_mask(mask, values.shape[:-1], values.device)
+    return torch.where(mask.unsqueeze(-1), values, 0.0)
 
 
 def check_probabilities(name: str, values: Tensor) -> None:

@@ -99,7 +99,9 @@ def fine_tuning_loss(
     check_number("alpha", alpha, low=0.0, high=1.0)
     ce = cross_entropy_loss(student, labels, ignore_index=ignore_index)
     kd = kd_loss(student, teacher, temperature=temperature)
-    return LossOutput(alpha * ce + (1 - alpha) * kd, {"ce": ce.detach(), "kd": kd.detach()})
+    # a term of weight 0 is left out: 0 times an infinite divergence is not 0
+    terms = [weight * term for weight, term in ((alpha, ce), (1 - alpha, kd)) if weight > 0]
+    return LossOutput(torch.stack(terms).sum(), {"ce": ce.detach(), "kd": kd.detach()})
 
 
 def learning_rate_factor(
@@ -194,6 +196,8 @@ class EntropicStudent(nn.Module):
         if self.stage == 1 and self.frozen_bn == "eval":
             for module in self.tail.values():
                 module.eval()
+        if self.stage == 2:
+            self.encoder.eval()  # nothing may change the bits any more
         return self
 
     def begin_stage2(self, *, quantiles: str = "learned") -> None:
@@ -289,6 +293,8 @@ class Method(MethodBase):
             if student.stage == 1:
                 raise ValueError("stage1_epochs: expected a student with its tables for a run of stage 2 alone; begin_stage2() makes them")  # fmt: skip
             return
+        if student.stage == 2:
+            raise ValueError("stage1_epochs: expected 0 for a student that has its tables: stage 1 would be left out")
         for name, module in student.tail.items() if self.copies_tail else ():
             assert setup.teacher is not None
             module.load_state_dict(setup.teacher.get_submodule(name).state_dict())

@@ -73,11 +73,12 @@ class NeighbourTargets(NamedTuple):
 
 
 class PairTargets(NamedTuple):
-    """What HFD needs: pairs of nodes [2, P], their weights [P], |t_i - t_j| [P, C]."""
+    """What HFD needs: pairs of nodes [2, P], their weights [P], |t_i - t_j| [P, C], and N."""
 
     pairs: Tensor
     weight: Tensor
     gaps: Tensor
+    nodes: int
 
 
 def prepare_low(
@@ -116,7 +117,7 @@ def prepare_high(teacher: Tensor, edge_index: Tensor, *, normalise: str = "edge"
     key, place = torch.unique(low * n + high, return_inverse=True)
     pairs = torch.stack((key // n, key % n))
     weight = torch.zeros(len(key), dtype=w.dtype, device=w.device).index_add(0, place, w)
-    return PairTargets(pairs, weight.to(dtype), _gaps(teacher.detach().to(dtype), pairs))
+    return PairTargets(pairs, weight.to(dtype), _gaps(teacher.detach().to(dtype), pairs), n)
 
 
 def _gaps(logits: Tensor, pairs: Tensor) -> Tensor:
@@ -148,8 +149,10 @@ def low_frequency_term(student: Tensor, targets: NeighbourTargets, *, tau_low: f
 def high_frequency_term(student: Tensor, targets: PairTargets, *, tau: float = 1.5) -> Tensor:
     """HFD from what `prepare_high` made."""
     check_number("tau", tau, low=0.0, open_low=True)
+    wanted = targets.nodes, targets.gaps.shape[1]
+    if _logits("student", student).shape != wanted:
+        raise ValueError(f"student: expected the teacher's logits' shape {wanted}, got {tuple(student.shape)}")
     gaps = _gaps(student.to(compute_dtype(student)), targets.pairs)
-    _same(gaps, targets.gaps)
     return divergence_loss(gaps, targets.gaps, temperature=tau, weight=targets.weight, reduction="sum")
 
 
@@ -236,9 +239,10 @@ def ff_g2m_loss(
     lam = check_number("lam", lam, low=0.0, high=1.0)
     check_number("tau", tau, low=0.0, open_low=True)
     _logits("student", student)
-    if (labels if labelled is None else labelled).numel() == 0:
-        raise ValueError("labelled: expected at least one labelled node, got none")
     chosen = (student, labels) if labelled is None else (student[labelled], labels[labelled])
+    has_label = chosen[1] != ignore_index
+    if has_label.numel() == 0 or (readable(has_label) and not bool(has_label.any())):
+        raise ValueError("labelled: expected at least one labelled node, got none")
     zero = student.new_zeros((), dtype=compute_dtype(student))
     nll = cross_entropy_loss(*chosen, ignore_index=ignore_index)
     low = zero if targets.low is None else low_frequency_term(student, targets.low, tau_low=tau_low)

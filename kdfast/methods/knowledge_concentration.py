@@ -2,7 +2,7 @@
 
 Paper: Knowledge Concentration: Learning 100K Object Classifiers in a Single CNN. Gao, Guo, Li, Nevatia; 2017;
 https://arxiv.org/abs/1711.07607
-Based on: the paper's formulas, figures and tables; no public code was found. Certain: the sigmoid cross-entropies with their sums, the
+Based on: a public summary that reprints the paper's formulas, figures and tables; no public code was found. Certain: the sigmoid cross-entropies with their sums, the
     teacher by the label's vertical, zeros outside it and below the top K, the four layouts and their sizes, the norm and the scale per
     vertical, gamma's start.
 Reconstructed: ReLU and biases in the extra layers, the order [shared, private] of a hidden vector, ties to the lower class, 1e-12 under the
@@ -136,6 +136,8 @@ def knowledge_concentration_loss(
     if logits.dim() != 2 or logits.shape[1] != sum(sizes):
         raise ValueError(f"logits: expected [B, {sum(sizes)}], the classes of all verticals, got {tuple(logits.shape)}")
     offset, number = own_range(vertical_index, sizes)
+    if vertical_index.shape != logits.shape[:1]:
+        raise ValueError(f"vertical_index: expected [{len(logits)}], one per row, got {tuple(vertical_index.shape)}")
     y = logits if gamma is None else self_pace(logits, sizes, gamma)
     w = check_number("label_weight", label_weight, low=0.0, high=1.0)
     kd = label = y.new_zeros((), dtype=compute_dtype(y))
@@ -318,6 +320,10 @@ class Method(MethodBase):
         batch: Mapping[str, Tensor] = context.batch
         vertical, sizes = batch["vertical"], self.options["vertical_sizes"]
         offset, number = own_range(vertical, sizes)
+        if context.teacher.dim() != 2 or context.teacher.shape[1] != sum(sizes):
+            raise ValueError(
+                f"teacher: expected logits [B, {sum(sizes)}], the classes of all verticals, got {tuple(context.teacher.shape)}"
+            )
         columns = torch.arange(max(sizes), device=vertical.device)
         place = offset[:, None] + torch.minimum(columns, number[:, None] - 1)
         probs = torch.sigmoid(context.teacher.gather(1, place))  # columns from N_v on are not read

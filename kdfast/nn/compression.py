@@ -255,10 +255,10 @@ class EntropyBottleneck(ResizedBuffers):
 
     @torch.no_grad()
     def decompress(self, strings: Sequence[bytes], shape: Sequence[int]) -> Tensor:
-        """y_hat [B, C, *shape] of the streams; the same bits as `quantize` gave. ValueError when the shape is not the stream's."""
+        """y_hat [B, C, *shape] of the streams; the same bits as `quantize` gave. ValueError when the shape holds another number of positions."""
         tables = self._tables(math.prod(shape))
         offsets = [offset for offset in self.offset.tolist() for _ in range(math.prod(shape))]
         rows = [[float(symbol + o) for symbol, o in zip(entropy_coding.decode(s, tables), offsets)] for s in strings]
-        rounded = torch.tensor(rows, dtype=torch.float64).to(self.quantiles)
+        rounded = torch.tensor(rows, dtype=torch.float64).to(self.quantiles.device, compute_dtype(self.quantiles))
         rounded = rounded.reshape(len(strings), self.channels, *shape)
         return rounded + self.medians(rounded)

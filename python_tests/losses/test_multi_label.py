@@ -73,3 +73,21 @@ def test_bad_input():
         sparse_multi_label_loss(x * math.inf, index, value)
     with pytest.raises(ValueError, match="targets: expected shape"):
         multi_label_loss(x, z[:, :3])
+    with pytest.raises(ValueError, match=r"targets: expected probabilities in \[0, 1\]"):
+        multi_label_loss(x, z + 5)
+    with pytest.raises(ValueError, match="logits: expected finite"):
+        multi_label_loss(x * math.inf, z)
+
+
+def test_dropped_rows_may_hold_anything():
+    x, index, value, z = tensors()
+    mask = torch.tensor([True, False, True, True])
+    wild, target = x.detach().clone(), z.clone()
+    wild[1], target[1] = math.nan, 9.0
+    wild.requires_grad_()
+    loss = multi_label_loss(wild, target, mask=mask)
+    torch.testing.assert_close(loss, multi_label_loss(x[mask], z[mask]))
+    assert torch.autograd.grad(loss, wild)[0].isfinite().all()
+    loss = sparse_multi_label_loss(wild, index, value, mask=mask)
+    torch.testing.assert_close(loss, sparse_multi_label_loss(x[mask], index[mask], value[mask]))
+    assert torch.autograd.grad(loss, wild)[0].isfinite().all()

@@ -59,6 +59,8 @@ def test_second_stage_written_out():
     torch.testing.assert_close(loss, 0.3 * F.cross_entropy(s, y) + 0.7 * 4 * kl)
     loss.backward()
     assert t.grad is None and parts.keys() == {"ce", "kd"}
+    certain = torch.tensor([[0.0, -math.inf]] * 2)  # an infinite term of weight 0 is none
+    assert fine_tuning_loss(certain, certain.flip(1), torch.zeros(2, dtype=torch.long), alpha=1.0).loss == 0
 
 
 def test_rates():
@@ -187,7 +189,7 @@ def test_frozen_batch_norm():
         assert changed(before, state(net)) == ({"stage2"} if moves else set())
         net.begin_stage2()
         net.train()(x)
-        assert net.stage2[1].training
+        assert net.stage2[1].training and not net.encoder.training  # the bits stay
 
 
 def test_gradients_pass_through_the_frozen_stages():
@@ -269,6 +271,8 @@ def test_by_name_the_stages_can_be_two_runs():
     assert changed(bits, state(second.student)) == {"stage1", "stage2", "stage3", "stage4", "head"}
     with pytest.raises(ValueError, match="stage1_epochs: expected a student with its tables"):
         distiller(student=student(), stage1_epochs=0).fit(loader(), 1)
+    with pytest.raises(ValueError, match="stage1_epochs: expected 0 for a student that has its tables"):
+        distiller(student=first.student).fit(loader(), 1)
 
 
 def test_by_name_a_run_resumes_in_its_stage(tmp_path):

@@ -211,6 +211,7 @@ def test_bad_input():
         (lambda: loss(teacher=probs[:3]), r"teacher_probs: expected \[5, N_v\]"),
         (lambda: loss(teacher=probs * 9 - 4), "are these raw logits"),
         (lambda: loss(top_k=0), "top_k: expected"),
+        (lambda: loss(vertical=vertical[:1], label_weight=1.0, labels=torch.zeros_like(x)), r"vertical_index: expected \[5\]"),
         (lambda: loss(teacher=(outside, kept[1])), "index outside it"),
         (lambda: loss(teacher=(twice, kept[1])), "each class once"),
         (lambda: loss(gamma=torch.ones(4)), "gamma: expected 3 numbers, of verticals, or 8, of classes"),

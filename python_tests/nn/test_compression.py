@@ -1,5 +1,6 @@
 """GDN1 and the factorised prior: equations written out, gradients, tables, bytes. Numbers of CompressAI: test_vectors.py."""
 
+import copy
 import math
 
 import pytest
@@ -168,6 +169,9 @@ def test_bytes_come_back_as_the_rounded_latent_even_far_outside():
     y[0, 0, 0, 0], y[1, 2, 1, 1], y[2, 1, 0, 3] = 1e6, -3e7, 1e30
     strings = module.compress(y)
     assert torch.equal(module.decompress(strings, (5, 6)), module.quantize(y))
+    narrow = copy.deepcopy(module).bfloat16()  # integers above 256 come back as well
+    far = torch.full((1, 3, 5, 6), 1000003.0)
+    assert torch.equal(narrow.decompress(narrow.compress(far), (5, 6)), narrow.quantize(far))
     one = module.compress(y[3:])
     assert one == strings[3:] and module.decompress([], (5, 6)).shape == (0, 3, 5, 6)
     flat = latent(2, 3)  # no positions beside the channels
