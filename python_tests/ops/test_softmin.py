@@ -122,7 +122,8 @@ def test_no_table_of_pairs():
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 100_000  # KB: some ten blocks of 8 MB
+    # KB: some ten blocks of 8 MB; 64 to 129 MB on two machines, where the reference takes 1266
+    assert int(result.stdout) < 200_000
 
 
 @core
