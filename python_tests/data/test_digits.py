@@ -52,7 +52,11 @@ def test_train_loader_has_the_steps_asked_for_and_goes_through_all_the_data():
     assert torch.cat([batch[1] for batch in task.eval_loader(data)]).tolist() == list(range(70))
 
 
-MAPPINGS = ("digit_nodes", "digit_nodes_unseen", "digit_tree")  # batches by name, and no layer is read: tests of their methods
+MAPPINGS = (
+    "digit_nodes",
+    "digit_nodes_unseen",
+    "digit_tree",
+)  # batches by name, and no layer is read: tests of their methods
 
 
 # a task with `sizes` leaves the models to its method
