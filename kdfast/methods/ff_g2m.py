@@ -34,6 +34,7 @@ from kdfast._library import compute_dtype, readable
 from kdfast.losses import LossOutput, cross_entropy_loss, divergence_loss
 from kdfast.methods._protocol import Context, Setup
 from kdfast.methods._protocol import Method as MethodBase
+from kdfast.nn.graph import with_loops
 from kdfast.ops.token_graph import check_edges
 
 NORMALISE, FORMS = ("edge", "node"), ("full", "low", "high", "node")
@@ -51,8 +52,7 @@ def remove_loops(edge_index: Tensor, *, warn: bool = False) -> Tensor:
 
 def add_loops(edge_index: Tensor, num_nodes: int) -> Tensor:
     """E1: the edges without their loops, then one loop per node."""
-    nodes = torch.arange(num_nodes, dtype=edge_index.dtype, device=edge_index.device)
-    return torch.cat((remove_loops(edge_index), nodes.expand(2, -1)), 1)
+    return with_loops(remove_loops(edge_index), num_nodes)
 
 
 def edge_weights(edge_index: Tensor, num_nodes: int, normalise: str = "edge") -> Tensor:

@@ -25,7 +25,7 @@ def gather_neighbours(h: Tensor, edges: Tensor, weight: Tensor) -> Tensor:
 
 def with_loops(edges: Tensor, num_nodes: int) -> Tensor:
     """The edges, then one loop (i, i) per node."""
-    return torch.cat((edges, torch.arange(num_nodes, device=edges.device).expand(2, -1)), 1)
+    return torch.cat((edges, torch.arange(num_nodes, dtype=edges.dtype, device=edges.device).expand(2, -1)), 1)
 
 
 def symmetric_weights(edges: Tensor, num_nodes: int) -> Tensor:
